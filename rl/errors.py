@@ -1,0 +1,21 @@
+"""Errors a user can act on: each says what is wrong, what was got, what is allowed and what to do. The CLI prints one and exits 2."""
+
+
+class EntrlError(Exception):
+    """Base of every error that is the user's to mend; also the matching built-in error."""
+
+
+class ConfigError(EntrlError, ValueError):
+    """A configuration value that cannot work."""
+
+
+class RunExistsError(EntrlError, FileExistsError):
+    """A run name that is taken."""
+
+
+class CheckpointError(EntrlError, FileNotFoundError):
+    """A folder that is not a model, a checkpoint or a run."""
+
+
+class SeamError(EntrlError, ImportError):
+    """An installed TRL that entrl's seam was not tested against."""

@@ -1,0 +1,74 @@
+"""Runs plug-ins in order and audits each: a method that touches no token is an alarm, not a silent no-op."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from rl.contract import NEEDS, Mean, RunFacts, Signal, TokenBatch, TokenPlugin
+from rl.errors import ConfigError
+
+
+class Pipeline:
+    """Plug-ins by name, run in the order given.
+
+    Args:
+        plugins: name -> plug-in; the name prefixes its metrics and penalties.
+
+    Raises:
+        ConfigError: a plug-in needs something no batch has.
+    """
+
+    def __init__(self, plugins: Mapping[str, TokenPlugin]):
+        for name, plugin in plugins.items():
+            if unknown := set(plugin.needs) - NEEDS:
+                raise ConfigError(f"plugin.{name} needs {sorted(unknown)}. Known needs: {sorted(NEEDS)}.")
+        self.plugins = dict(plugins)
+        self.needs = frozenset().union(*(p.needs for p in self.plugins.values()))
+
+    def __call__(self, tokens: TokenBatch) -> Signal:
+        """The signal after all plug-ins, each one's metrics under ``plugin/<name>/``."""
+        signal = Signal.start(tokens)
+        for name, plugin in self.plugins.items():
+            after = plugin(tokens, replace(signal, metrics={}))
+            signal = _named(name, tokens, signal, after)
+        return signal
+
+    def check(self, run: RunFacts) -> list[str]:
+        """Advice of the plug-ins about this run, one sentence each."""
+        return [
+            f"plugin.{name}: {advice}"
+            for name, plugin in self.plugins.items()
+            if hasattr(plugin, "check")
+            for advice in plugin.check(run)
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of the plug-ins that have some."""
+        return {name: p.state_dict() for name, p in self.plugins.items() if hasattr(p, "state_dict")}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what ``state_dict`` gave; plug-ins without state are left alone."""
+        for name, value in state.items():
+            self.plugins[name].load_state_dict(value)
+
+
+def _named(name: str, tokens: TokenBatch, before: Signal, after: Signal) -> Signal:
+    added = after.penalties[len(before.penalties) :]
+    penalties = before.penalties + tuple(replace(p, name=f"{name}/{p.name}") for p in added)
+    metrics = {**after.metrics, **_audit(tokens, before, after, added)}
+    named = {f"plugin/{name}/{key}": value for key, value in metrics.items()}
+    return replace(after, penalties=penalties, metrics={**before.metrics, **named})
+
+
+def _audit(tokens: TokenBatch, before: Signal, after: Signal, added) -> dict[str, Mean]:
+    """``touched``: share of trainable tokens whose mask, weight, advantage or penalty the plug-in changed.
+    ``adv_mass``: sum |effective advantage| after / before."""
+    changed = (after.keep != before.keep) | (after.weight != before.weight) | (after.advantages != before.advantages)
+    for penalty in added:
+        changed = changed | (penalty.where & (penalty.per_token.detach() * penalty.coef != 0))
+    mass = torch.stack([s.effective.abs().mul(tokens.mask).sum() for s in (after, before)])
+    return {"touched": Mean.of(changed.float(), tokens.mask), "adv_mass": Mean(mass[0], mass[1])}

@@ -1,0 +1,46 @@
+"""The start-up check of the seam between entrl and TRL: one clear sentence instead of a silent change of the loss."""
+
+from __future__ import annotations
+
+import inspect
+
+import trl
+from packaging.version import Version
+from trl import GRPOTrainer
+from trl.trainer import utils
+
+from rl.errors import SeamError
+
+TESTED = ("1.15", "1.17")  # from, below
+
+# The methods EntropyTrainer overrides or calls, and the leading parameters it relies on.
+_METHODS = {
+    "_compute_loss": ("self", "model", "inputs"),
+    "_get_per_token_logps_and_entropies": ("self", "model", "input_ids", "attention_mask", "logits_to_keep"),
+    "_generate_and_score_completions": ("self", "inputs"),
+    "_calculate_rewards": ("self", "inputs", "prompts", "completions", "completion_ids_list"),
+    "log": ("self", "logs", "start_time"),
+}
+
+
+def check_seam() -> None:
+    """Raise SeamError when the installed TRL is outside the tested range or its methods have another shape."""
+    version = Version(trl.__version__)
+    if not Version(TESTED[0]) <= version < Version(TESTED[1]):
+        raise SeamError(
+            f"TRL {version} is installed; entrl was tested with {TESTED[0]} <= trl < {TESTED[1]}. "
+            f'Install one of those: pip install "trl>={TESTED[0]},<{TESTED[1]}".'
+        )
+    for name, expected in _METHODS.items():
+        method = getattr(GRPOTrainer, name, None)
+        found = tuple(inspect.signature(method).parameters)[: len(expected)] if method else None
+        if found != expected:
+            raise SeamError(
+                f"TRL {version}: GRPOTrainer.{name} takes {found}; entrl was tested with {expected}. "
+                f'Install a tested version: pip install "trl>={TESTED[0]},<{TESTED[1]}".'
+            )
+    if "outputs" not in inspect.signature(getattr(utils, "add_fused_lm_head", lambda: None)).parameters:
+        raise SeamError(
+            f"TRL {version} has no fused LM head with entropies, from which entrl reads its tokens. "
+            f'Install a tested version: pip install "trl>={TESTED[0]},<{TESTED[1]}".'
+        )

@@ -1,0 +1,172 @@
+"""The laws every plug-in obeys, run over every file in configs/plugin/ in its default and its other modes."""
+
+import importlib
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from rl.contract import NEEDS, Signal
+from rl.pipeline import Pipeline
+from rl.testing import batch_from_logits, loss_from_signal
+
+PLUGINS = Path(__file__).parents[1] / "configs" / "plugin"
+
+# The variants beside the defaults; a new plug-in is tested with its defaults without an entry here.
+VARIANTS = {
+    "fork_mask": [
+        {"selector": "topk"},
+        {"denominator": "kept", "scope": "micro"},
+        {"scope": "response"},
+        {"keep": "low"},
+        {"scope": "rollout"},
+    ],
+    "steer": [{"mapping": "linear", "w_max": 1.2}, {"mapping": "asymmetric", "w_max": 1.3}, {"form": "theorem"}],
+    "entropy_band": [{"version": "v1", "selector": "quantile"}, {"selector": "otsu_hist100"}],
+    "rank_shaping": [{"beta": 0.5}, {"beta": 0.0, "lam_head": 0.1, "lam_tail": -0.1, "k": 3}],
+}
+
+
+def load(name):
+    node = yaml.safe_load((PLUGINS / f"{name}.yaml").read_text())[name]
+    module, _, cls = node.pop("_target_").rpartition(".")
+    node = {k: v for k, v in node.items() if not (isinstance(v, str) and "${" in v)}  # interpolations have defaults
+    return getattr(importlib.import_module(module), cls), node
+
+
+def cases():
+    for path in sorted(PLUGINS.glob("*.yaml")):
+        for variant in [{}, *VARIANTS.get(path.stem, [])]:
+            yield pytest.param(path.stem, variant, id=f"{path.stem}-{'-'.join(map(str, variant.values())) or 'default'}")
+
+
+@pytest.fixture(params=cases())
+def plugin(request):
+    name, variant = request.param
+    cls, defaults = load(name)
+    return cls(**{**defaults, **variant})
+
+
+def batch(dtype=torch.float64, rows=6, columns=9, vocab=11, seed=0, requires_grad=False):
+    g = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(rows, columns, vocab, generator=g, dtype=torch.float64)
+    old = logits + 0.3 * torch.randn(logits.shape, generator=g, dtype=torch.float64)
+    ids = torch.randint(0, vocab, (rows, columns), generator=g)
+    lengths = torch.randint(1, columns + 1, (rows,), generator=g)
+    lengths[1] = 1  # a single token
+    mask = torch.arange(columns) < lengths[:, None]
+    mask[2] = False  # a completion that is masked altogether
+    advantages = torch.randn(rows, generator=g, dtype=torch.float64)
+    logits = logits.to(dtype).requires_grad_(requires_grad)
+    return logits, batch_from_logits(
+        logits, ids, mask, advantages.to(dtype), old_logits=old.to(dtype), ref_logits=(logits.detach() * 0.9)
+    )
+
+
+def rows_of(tokens, index):
+    fields = {f: getattr(tokens, f) for f in tokens.__dataclass_fields__}
+    rowwise = {f: v[index] for f, v in fields.items() if isinstance(v, torch.Tensor) and f != "rollout_entropy"}
+    return type(tokens)(**{**fields, **rowwise})
+
+
+def test_every_plugin_file_is_covered():
+    assert {"fork_mask", "steer", "entropy_band", "rank_shaping"} <= {p.stem for p in PLUGINS.glob("*.yaml")}
+    for path in PLUGINS.glob("*.yaml"):
+        assert list(yaml.safe_load(path.read_text())) == [path.stem], f"{path.name} must define the key {path.stem}"
+
+
+def test_needs_are_known(plugin):
+    assert plugin.needs <= NEEDS
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in PLUGINS.glob("*.yaml")))
+def test_identity_at_neutral(name):
+    cls, defaults = load(name)
+    logits, tokens = batch(requires_grad=True)
+    plain = Signal.start(tokens)
+    signal = cls(**{**defaults, **cls.neutral})(tokens, plain)
+    assert torch.equal(signal.effective[tokens.mask], plain.effective[tokens.mask])
+    assert all(p.coef == 0 or p.mean(tokens.mask).item() == 0 for p in signal.penalties)
+
+
+def test_padding_is_never_touched(plugin):
+    _, tokens = batch()
+    signal = plugin(tokens, Signal.start(tokens))
+    outside = ~tokens.mask
+    assert not signal.keep[outside].any()
+    assert torch.equal(signal.advantages[outside], tokens.advantages[outside])
+    assert (signal.weight[outside] == 1).all()
+    assert all(not (p.where & outside).any() for p in signal.penalties)
+
+
+def test_what_stands_in_padding_changes_nothing(plugin):
+    _, tokens = batch()
+    noise = {"entropy": 7.0, "logp": -3.0, "old_logp": -0.1, "old_entropy": 9.0, "full_kl": 5.0}
+    changed = replace(tokens, **{f: getattr(tokens, f).masked_fill(~tokens.mask, v) for f, v in noise.items()})
+    a, b = (plugin(t, Signal.start(t)) for t in (tokens, changed))
+    assert torch.equal(a.effective[tokens.mask], b.effective[tokens.mask])
+    for p, q in zip(a.penalties, b.penalties, strict=True):
+        assert torch.equal(p.mean(tokens.mask), q.mean(tokens.mask))
+
+
+def test_weights_are_finite_and_not_negative(plugin):
+    _, tokens = batch()
+    signal = plugin(tokens, Signal.start(tokens))
+    assert signal.weight.isfinite().all() and (signal.weight >= 0).all()
+    assert signal.rescale.isfinite().all() and (signal.rescale > 0).all()
+    assert signal.advantages.isfinite().all()
+
+
+def test_no_gradient_flows_through_weights_masks_or_advantages(plugin):
+    _, tokens = batch(requires_grad=True)
+    signal = plugin(tokens, Signal.start(tokens))
+    assert not signal.effective.requires_grad
+    assert all(not p.where.requires_grad for p in signal.penalties)
+
+
+def test_permuting_rows_permutes_the_result(plugin):
+    _, tokens = batch()
+    order = torch.tensor([3, 0, 5, 2, 1, 4])
+    a, b = (plugin(t, Signal.start(t)) for t in (tokens, rows_of(tokens, order)))
+    torch.testing.assert_close(a.effective[order], b.effective, rtol=0, atol=1e-12)
+    for p, q in zip(a.penalties, b.penalties, strict=True):
+        torch.testing.assert_close(p.mean(tokens.mask), q.mean(tokens.mask[order]), rtol=0, atol=1e-12)
+
+
+def test_the_batch_is_not_changed(plugin):
+    _, tokens = batch()
+    before = {f: v.clone() for f in tokens.__dataclass_fields__ if isinstance(v := getattr(tokens, f), torch.Tensor)}
+    plugin(tokens, Signal.start(tokens))
+    assert all(torch.equal(value, getattr(tokens, field)) for field, value in before.items())
+
+
+def test_bf16_is_close_to_fp32(plugin):
+    """The loss of a bf16 batch is close to that of the same numbers in fp32; a few tokens may change sides."""
+    losses = []
+    tokens = batch(torch.bfloat16)[1]
+    for dtype in (torch.bfloat16, torch.float32):
+        fields = {f: getattr(tokens, f) for f in tokens.__dataclass_fields__}
+        cast = {f: v.to(dtype) for f, v in fields.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
+        typed = type(tokens)(**{**fields, **cast})
+        losses.append(loss_from_signal(typed, plugin(typed, Signal.start(typed))).item())
+    assert math.isclose(losses[0], losses[1], rel_tol=0.1, abs_tol=0.1)
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (1, 1), (2, 0), (0, 3)])
+def test_empty_and_single_token_batches(plugin, shape):
+    logits = torch.zeros(*shape, 5, dtype=torch.float64)
+    for mask in (torch.zeros(shape), torch.ones(shape)):
+        tokens = batch_from_logits(logits, torch.zeros(shape), mask, torch.ones(shape[0]).double(), ref_logits=logits)
+        signal = plugin(tokens, Signal.start(tokens))
+        assert loss_from_signal(tokens, signal).isfinite()
+
+
+def test_audit_reports_what_was_touched(plugin):
+    _, tokens = batch()
+    signal = Pipeline({"it": plugin})(tokens)
+    touched, mass = signal.metrics["plugin/it/touched"], signal.metrics["plugin/it/adv_mass"]
+    assert touched.count == tokens.mask.sum() and 0 < touched.total / touched.count <= 1
+    assert mass.count > 0 and mass.total.isfinite()
