@@ -67,7 +67,7 @@ class HiddenTap:
         self._armed = False
         self.base.base_model.register_forward_hook(self._keep)
 
-    def __enter__(self) -> HiddenTap:
+    def __enter__(self) -> HiddenTap:  # noqa: PYI034 (Self is Python 3.11)
         self._armed = True
         return self
 

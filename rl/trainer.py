@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -104,25 +105,17 @@ class EntropyTrainer(GRPOTrainer):
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
         """TRL's forward; inside a loss the plug-ins run on its result, at a rollout its entropies are kept too."""
         # *args, **kwargs: TRL's own further parameters, handed on untouched; their list changes with every release.
-        if self._open is None:
-            if self._rollout_passes is not None:
-                kwargs["compute_entropy"] = True  # costs nothing, the head computes it anyway
+        at_rollout = self._open is None and self._rollout_passes is not None and model is self.model
+        if at_rollout:
+            kwargs["compute_entropy"] = True  # costs nothing: the policy's head computes it anyway
+        with self._tap or nullcontext():
             out = super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
             )
-            if self._rollout_passes is not None:
-                self._rollout_passes.append(out[:2])
-            return out
-        if self._tap is None:
-            out = super()._get_per_token_logps_and_entropies(
-                model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
-            )
-        else:
-            with self._tap:
-                out = super()._get_per_token_logps_and_entropies(
-                    model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
-                )
-        self._run_plugins(input_ids, attention_mask, out[0], out[1])
+        if self._open is not None:
+            self._run_plugins(input_ids, attention_mask, out[0], out[1])
+        elif at_rollout:
+            self._rollout_passes.append(out[:2])
         return out
 
     def _run_plugins(self, input_ids: Tensor, attention_mask: Tensor, logps: Tensor, entropies: Tensor) -> None:
@@ -316,8 +309,8 @@ class EntropyTrainer(GRPOTrainer):
             self.state.global_step + 1,
             tokens,
             self._signal,
-            prompts_text=decode(prompts, skip_special_tokens=True),
-            completions_text=decode(completions, skip_special_tokens=True),
+            prompts=decode(prompts, skip_special_tokens=True),
+            completions=decode(completions, skip_special_tokens=True),
             token_texts=[[self.processing_class.decode(i) for i in ids] for ids in completions],
             rewards={name: per_func[:, i].tolist() for i, name in enumerate(self.reward_func_names)},
         )

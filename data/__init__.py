@@ -1,0 +1,1 @@
+"""Rows in, prompts out. Imports neither torch, nor ``rl``, nor ``rewards``."""

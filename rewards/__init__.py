@@ -1,0 +1,1 @@
+"""Text in, float out. Imports neither torch, nor ``rl``, nor ``data``."""
