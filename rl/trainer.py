@@ -7,6 +7,7 @@ every denominator stay TRL's.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -252,7 +253,7 @@ class EntropyTrainer(GRPOTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Hand one step's series to the sinks; TRL's own log then sees the same dictionary it always did."""
         if "loss" in logs and self.model.training:
-            trl_means = {k: [v for v in vs if v == v] for k, vs in self._metrics["train"].items()}
+            trl_means = {k: [v for v in vs if not math.isnan(v)] for k, vs in self._metrics["train"].items()}
             metrics = rename({**logs, **{k: sum(v) / len(v) for k, v in trl_means.items() if v}})
             metrics.update(self._flush_means())
             entropy, histograms = self.dynamics.flush()

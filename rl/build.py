@@ -1,0 +1,166 @@
+"""From a resolved configuration to objects. Config reaches code by construction only: here, and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hydra.utils import get_class, instantiate
+from omegaconf import DictConfig, OmegaConf
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from trl import GRPOConfig
+
+from data.errors import DataError
+from data.load import plain_text
+from rewards.checked import Checked
+from rewards.errors import RewardError
+from rl.config import check_trainer_keys
+from rl.errors import CheckpointError, ConfigError, EntrlError
+from rl.evaluate import Decoding
+from rl.paths import find_model
+from rl.pipeline import Pipeline
+
+
+@dataclass(frozen=True)
+class Problems:
+    """A data set as a run uses it."""
+
+    train: Any  # datasets.Dataset
+    heldout: list[dict]
+    grader: Callable[..., list[float]]
+    answer: Callable[[str], str | None]
+
+
+def make(key: str, node: Any) -> Any:
+    """Instantiate a ``_target_`` node; what goes wrong names the key.
+
+    Raises:
+        ConfigError: nothing importable, an argument it does not take, or a value it refuses.
+    """
+    try:
+        return instantiate(node, _convert_="all")
+    except Exception as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, EntrlError | DataError | RewardError):
+            raise cause from error
+        raise ConfigError(f"{key}: {str(cause).strip().splitlines()[0]}. Check its _target_ and its arguments.") from error
+
+
+def pipeline(cfg: DictConfig) -> Pipeline:
+    """The selected plug-ins in order."""
+    return Pipeline({name: make(f"plugin.{name}", node) for name, node in cfg.plugin.items()})
+
+
+def tokenizer(path: str, model: DictConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model; one without a padding token pads with its end of text."""
+    found = _pretrained(AutoTokenizer, path, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    if found.pad_token is None:
+        found.pad_token = found.eos_token
+    return found
+
+
+def language_model(path: str, model: DictConfig) -> PreTrainedModel:
+    """The weights of a model, on the GPU when there is one."""
+    dtype = model.dtype if torch.cuda.is_available() else "float32"  # bf16 on a CPU is slow and inexact
+    found = _pretrained(
+        AutoModelForCausalLM,
+        path,
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+        dtype=dtype,
+        attn_implementation=model.attn_implementation,
+    )
+    return found.to("cuda") if torch.cuda.is_available() else found
+
+
+def _pretrained(cls: type, path: str, **options: Any) -> Any:
+    try:
+        return cls.from_pretrained(path, **options)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise CheckpointError(
+            f"model.path={path} could not be loaded: {reason}. Check the id or folder, and the network for a hub model."
+        ) from error
+
+
+def problems(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, train: bool = True) -> Problems:
+    """Training and held-out problems, as text where the tokenizer has no chat template.
+
+    Raises:
+        DataError: no data, or a column missing.
+    """
+    sets = {
+        "train": make("data.train", cfg.data.train) if train else None,
+        "heldout": make("data.heldout", cfg.data.heldout),
+    }
+    for name, found in sets.items():
+        if found is not None and not len(found):
+            raise DataError(f"data.{name} is empty. Expected at least one row.")
+        if found is not None and tokenizer.chat_template is None:
+            sets[name] = plain_text(found)
+    grader, answer = make("data.grader", cfg.data.grader), make("data.answer", cfg.data.answer)
+    return Problems(sets["train"], sets["heldout"].to_list(), Checked("grader", grader), answer)
+
+
+def rewards(cfg: DictConfig) -> tuple[list[Checked], list[float]]:
+    """Reward functions, each checked at every call, and their weights."""
+    if not cfg.reward:
+        raise ConfigError("reward=[] leaves nothing to learn. Expected at least one, as reward=[correct].")
+    functions = [Checked(name, make(f"reward.{name}.fn", node.fn)) for name, node in cfg.reward.items()]
+    return functions, [float(node.weight) for node in cfg.reward.values()]
+
+
+def probe_rewards(functions: Sequence[Checked], rows: Sequence[dict], group: int) -> None:
+    """Call each reward once on empty completions of one prompt, so that a broken one fails before the run starts.
+
+    Raises:
+        RewardError: what the reward did wrong.
+    """
+    row = rows[0]
+    columns = {name: [value] * group for name, value in row.items() if name != "prompt"}
+    chat = not isinstance(row["prompt"], str)
+    completions = [[{"role": "assistant", "content": ""}]] * group if chat else [""] * group
+    for function in functions:
+        function([row["prompt"]] * group, completions, **columns)
+
+
+def grpo_config(cfg: DictConfig, output_dir: str, weights: list[float]) -> GRPOConfig:
+    """TRL's options for this machine; entrl reports by itself, so TRL's reports are off.
+
+    Raises:
+        ConfigError: an unknown option or a value TRL refuses.
+    """
+    check_trainer_keys(cfg.trainer)
+    options = OmegaConf.to_container(cfg.trainer)
+    gpu = torch.cuda.is_available()
+    for name, value in {"bf16": gpu, "use_cpu": not gpu}.items():
+        if options[name] is None:
+            options[name] = value
+    try:
+        return GRPOConfig(
+            output_dir=output_dir,
+            report_to=[],
+            disable_tqdm=True,
+            dataloader_pin_memory=gpu,
+            reward_weights=weights,
+            remove_unused_columns=False,
+            **options,
+        )
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"trainer: TRL refuses these options: {str(error).strip().splitlines()[0]}") from error
+
+
+def peft_config(cfg: DictConfig) -> Any:
+    """The adapters to train, None for full fine-tuning."""
+    if not cfg.peft:
+        return None
+    get_class(cfg.peft["_target_"])
+    return make("peft", cfg.peft)
+
+
+def decoding(cfg: DictConfig) -> Decoding:
+    """How evaluation samples."""
+    e = cfg.eval
+    return Decoding(e.max_new_tokens, e.temperature, e.top_p, e.top_k, e.batch_size)

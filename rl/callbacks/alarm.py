@@ -1,0 +1,39 @@
+"""Alarms on silence: a method that touches nothing, a data set that teaches nothing."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+
+from rl.dynamics import Histogram
+
+
+class NoOpAlarm:
+    """Warns once when a plug-in touched no token, or no group had reward spread, for ``patience`` logs in a row."""
+
+    def __init__(self, patience: int = 20):
+        self.patience = patience
+        self._idle: Counter[str] = Counter()
+
+    def __call__(self, step: int, metrics: Mapping[str, float], histograms: Mapping[str, Histogram]) -> None:
+        silent = {n.split("/")[1] for n, v in metrics.items() if n.startswith("plugin/") and n.endswith("/touched") and v == 0}
+        plugins = {n.split("/")[1] for n in metrics if n.startswith("plugin/")}
+        for name in plugins:
+            self._count(name, name in silent, f"plugin.{name} has touched no token", step, _PLUGIN_CAUSES)
+        dead = metrics.get("rollout/zero_std_groups") == 1.0
+        self._count("zero_std", dead, "no group has had any reward spread", step, _REWARD_CAUSES)
+
+    def _count(self, key: str, silent: bool, what: str, step: int, causes: str) -> None:
+        self._idle[key] = self._idle[key] + 1 if silent else 0
+        if self._idle[key] == self.patience:
+            warnings.warn(f"{what} for {self.patience} steps (now at step {step}). {causes}", stacklevel=2)
+
+
+_PLUGIN_CAUSES = (
+    "It is a silent no-op: its settings may be neutral, all advantages may be zero, or an earlier plug-in keeps no token."
+)
+_REWARD_CAUSES = (
+    "GRPO learns nothing from such groups: the problems may be too hard or too easy, the reward may not parse the "
+    "completions (look at the recorded rollouts), or completions may be truncated."
+)

@@ -1,0 +1,230 @@
+"""The only place that knows Hydra: composing a configuration, saying what is wrong with one, showing what differs."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from rl.errors import ConfigError
+from rl.paths import configs_dir
+
+
+def compose(overrides: Sequence[str] = (), config_dir: str | None = None) -> DictConfig:
+    """The resolved configuration of ``entrl train`` under Hydra overrides.
+
+    ``trainer.x=`` may name any option of TRL, also one that no yaml lists.
+
+    Args:
+        config_dir: a folder with further groups, for private methods: ``my_configs/plugin/my_idea.yaml``.
+
+    Raises:
+        ConfigError: an unknown group option or key, settings of a plug-in that is not selected, a missing value.
+    """
+    asked = [_open_trainer(o) for o in overrides]
+    if config_dir is not None:
+        if not Path(config_dir).is_dir():
+            raise ConfigError(f"--config-dir {config_dir} is no folder. Expected one with groups in it, as plugin/my_idea.yaml.")
+        asked.append(f"hydra.searchpath=[file://{Path(config_dir).resolve()}]")
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(configs_dir()), version_base="1.3"):
+        try:
+            cfg = hydra_compose("train", overrides=asked)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError(_explain(error, overrides)) from error
+    _check_selected(cfg)
+    try:
+        return OmegaConf.create(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{error.full_key} is not set. Give it on the command line: {error.full_key}=...") from error
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key}: {_first_line(error)}.") from error
+
+
+def _open_trainer(override: str) -> str:
+    return f"++{override}" if override.startswith("trainer.") and "=" in override else override
+
+
+def _explain(error: Exception, overrides: Sequence[str]) -> str:
+    text = str(error)
+    if isinstance(error, MissingConfigException) and error.options is not None:
+        group, _, option = str(error.missing_cfg_file).rpartition("/")
+        return f"{group}={option} does not exist.{_did_you_mean(option, error.options)} Expected one of: {', '.join(error.options)}."
+    if isinstance(error, ConfigCompositionException) and (key := re.search(r"Could not override '([^']+)'", text)):
+        return _unknown_key(key[1], text)
+    if "Multiple values for" in text and "plugin" in text:
+        return "Several plugin= choices on one line. Give one list: 'plugin=[a,b]', or '+plugin=[a,b]' to add to an experiment's."
+    named = [o for o in overrides if o.split("=")[0].lstrip("+~") in text]
+    return f"{_first_line(error)}{' (from ' + named[0] + ')' if named and named[0] not in _first_line(error) else ''}."
+
+
+def _unknown_key(key: str, text: str) -> str:
+    parts = key.split(".")
+    group = parts[0].split("@")[0]
+    if group == "plugin" and len(parts) > 1:
+        if parts[1] in plugin_names():
+            return (
+                f"{key} is set, but the plug-in {parts[1]} is not selected. Select it, plugin=[fork_mask,{parts[1]}], "
+                "or drop the setting."
+            )
+        return f"plugin.{parts[1]} does not exist.{_did_you_mean(parts[1], plugin_names())} Known: {', '.join(plugin_names())}."
+    known = list(_keys(compose()))
+    return f"{key} is not a key of the configuration.{_did_you_mean(key, known)} See all: entrl show --full."
+
+
+def _check_selected(cfg: DictConfig) -> None:
+    """Settings without the plug-in they belong to, the traps Hydra does not see."""
+    for name, node in cfg.plugin.items():
+        if node is None:
+            raise ConfigError(
+                f"plugin.{name}=null does not take a plug-in away. Name the ones you want, plugin=[...], or use '~plugin.{name}'."
+            )
+        if "_target_" not in node:
+            raise ConfigError(
+                f"plugin.{name} has settings ({', '.join(map(str, node))}) but is not selected, so they would do nothing. "
+                f"Select it, plugin=[{name}], or drop the settings with '~plugin.{name}'."
+            )
+    for name, node in cfg.reward.items():
+        if node is None or "fn" not in node:
+            raise ConfigError(f"reward.{name} has settings but is not selected. Select it, reward=[{name}], or use '~reward.{name}'.")
+
+
+def _keys(cfg: Any, prefix: str = "") -> Iterator[str]:
+    for key, value in cfg.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, dict | DictConfig):
+            yield from _keys(value, f"{prefix}{key}.")
+
+
+def _did_you_mean(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), 1, 0.5)
+    return f" Did you mean {close[0]}?" if close else ""
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".")
+
+
+def plugin_names() -> list[str]:
+    """The plug-ins that ship with entrl."""
+    return sorted(p.stem for p in (configs_dir() / "plugin").glob("*.yaml"))
+
+
+def differences(cfg: DictConfig, base: DictConfig) -> dict[str, tuple[Any, Any]]:
+    """Leaf key -> (value in base, value in cfg) where they differ; a missing one is None."""
+    a, b = _leaves(base), _leaves(cfg)
+    return {key: (a.get(key), b.get(key)) for key in [*b, *(k for k in a if k not in b)] if a.get(key) != b.get(key)}
+
+
+def _leaves(cfg: Any, prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in cfg.items():
+        if isinstance(value, dict | DictConfig) and value:
+            out |= _leaves(value, f"{prefix}{key}.")
+        else:
+            out[f"{prefix}{key}"] = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+    return out
+
+
+def check_trainer_keys(trainer: DictConfig) -> None:
+    """Every key of ``trainer`` must be an option of the installed ``trl.GRPOConfig``; imports TRL.
+
+    Raises:
+        ConfigError: names the key and the closest option.
+    """
+    from trl import GRPOConfig
+
+    known = [f.name for f in fields(GRPOConfig) if f.init]
+    for key in trainer:
+        if key not in known:
+            raise ConfigError(f"trainer.{key} is no option of trl.GRPOConfig.{_did_you_mean(str(key), known)}")
+        if key in _OURS:
+            raise ConfigError(f"trainer.{key} is set by entrl itself: {_OURS[key]}.")
+
+
+# TRL options that would double or break what entrl does.
+_OURS = {
+    "output_dir": "the run folder decides it; use run.dir and run.name",
+    "report_to": "use logger=; TRL's own reports would count W&B steps wrongly",
+    "top_entropy_quantile": "use plugin=[fork_mask] plugin.fork_mask.rho=",
+    "run_name": "use run.name",
+    "disable_tqdm": "the progress line takes its place",
+}
+
+
+@dataclass(frozen=True)
+class BatchAlgebra:
+    """What the batch-size options of TRL amount to."""
+
+    micro_batch: int
+    accumulation: int
+    world: int
+    steps_per_generation: int
+    iterations: int
+    group: int
+
+    @property
+    def completions_per_rollout(self) -> int:
+        return self.micro_batch * self.world * self.steps_per_generation
+
+    @property
+    def completions_per_update(self) -> int:
+        return self.micro_batch * self.world * self.accumulation
+
+    @property
+    def prompts_per_rollout(self) -> int:
+        return self.completions_per_rollout // self.group
+
+    @property
+    def on_policy(self) -> bool:
+        """No update happens between a rollout and its last use."""
+        return self.accumulation % (self.steps_per_generation * self.iterations) == 0
+
+    def __str__(self) -> str:
+        return (
+            f"{self.completions_per_rollout} completions a rollout = {self.micro_batch} per device x {self.world} devices "
+            f"x {self.steps_per_generation} steps_per_generation, in groups of {self.group}"
+        )
+
+    def describe(self) -> str:
+        """For the start of a run."""
+        updates = self.completions_per_rollout * self.iterations / self.completions_per_update
+        policy = "on-policy" if self.on_policy else "off-policy (clipping and old-policy entropies matter)"
+        return f"{self.prompts_per_rollout} prompts x {self.group} completions a rollout, {updates:g} updates from it, {policy}"
+
+
+def batch_algebra(trainer: DictConfig, world: int) -> BatchAlgebra:
+    """The algebra of these options.
+
+    Raises:
+        ConfigError: groups do not fit into the generation batch, or a group of one.
+    """
+    algebra = BatchAlgebra(
+        trainer.per_device_train_batch_size,
+        trainer.gradient_accumulation_steps,
+        world,
+        trainer.steps_per_generation,
+        trainer.num_iterations,
+        trainer.num_generations,
+    )
+    sizes = (algebra.micro_batch, algebra.accumulation, algebra.steps_per_generation, algebra.iterations)
+    if min(sizes) < 1:
+        raise ConfigError(f"trainer has a batch size below 1: {algebra}.")
+    if algebra.group < 2:
+        raise ConfigError(f"trainer.num_generations={algebra.group} leaves nothing to compare. Expected at least 2.")
+    if algebra.completions_per_rollout % algebra.group:
+        raise ConfigError(
+            f"{algebra}: {algebra.completions_per_rollout} is not a multiple of {algebra.group}. "
+            "Change trainer.per_device_train_batch_size, trainer.steps_per_generation or trainer.num_generations."
+        )
+    return algebra

@@ -1,0 +1,116 @@
+"""Run folders: one place per run that says what ran, with what, and how it ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import secrets
+import shlex
+import string
+import subprocess
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rl.errors import RunExistsError
+
+_VERSIONS = ("entrl", "torch", "transformers", "trl", "accelerate", "peft", "datasets", "hydra-core", "wandb", "math-verify")
+
+
+def run_name(model: str, data: str, plugins: Sequence[str], seed: int) -> str:
+    """``<model>_<data>_<plug-ins joined by +>_s<seed>_<four letters>``: readable, and unique for parallel starts."""
+    letters = "".join(secrets.choice(string.ascii_lowercase) for _ in range(4))
+    return f"{model}_{data}_{'+'.join(plugins) or 'grpo'}_s{seed}_{letters}"
+
+
+def create(directory: Path, name: str, overwrite: bool) -> Path:
+    """Make the folder of a new run, with ``rollouts/`` and ``checkpoints/`` left to who fills them.
+
+    Raises:
+        RunExistsError: the name is taken and ``overwrite`` is false.
+    """
+    folder = Path(directory) / name
+    if folder.exists():
+        if not overwrite:
+            raise RunExistsError(
+                f"{folder} exists already. Give another run.name, or run.overwrite=true to move it aside to {name}.old-<n>."
+            )
+        number = 1
+        while (aside := folder.with_name(f"{name}.old-{number}")).exists():
+            number += 1
+        folder.rename(aside)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write to a temporary name and rename, so that no reader ever sees half a file."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """:func:`write_text` of indented JSON."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def describe(folder: Path, config_yaml: str, overrides: Sequence[str], argv: Sequence[str], seed: int) -> None:
+    """Write config.yaml, overrides.txt, command.sh and manifest.json."""
+    write_text(folder / "config.yaml", config_yaml)
+    write_text(folder / "overrides.txt", "".join(f"{o}\n" for o in overrides))
+    write_text(folder / "command.sh", shlex.join(["entrl", *argv]) + "\n")
+    write_json(folder / "manifest.json", manifest(seed))
+
+
+def manifest(seed: int) -> dict[str, Any]:
+    """What one needs to run it again: versions, commit, hardware, seed. No environment variables, no user name."""
+    return {
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "git": _git(),
+        "versions": {"python": platform.python_version(), **{p: _version(p) for p in _VERSIONS}},
+        "hardware": {"machine": platform.machine(), "cpus": os.cpu_count(), "system": platform.system(), "gpus": _gpus()},
+        "seed": seed,
+    }
+
+
+def update_manifest(folder: Path, values: Mapping[str, Any]) -> None:
+    """Add to manifest.json what is known only later, as the W&B id."""
+    path = folder / "manifest.json"
+    write_json(path, {**json.loads(path.read_text()), **values})
+
+
+def finish(folder: Path, failure: str | None = None) -> None:
+    """Leave DONE, or FAILED with the reason in it."""
+    write_text(folder / ("DONE" if failure is None else "FAILED"), f"{failure or ''}\n")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git() -> dict[str, Any] | None:
+    """Commit of the checkout that entrl runs from, and whether it was changed."""
+
+    def git(*args: str) -> str:
+        here = Path(__file__).parent
+        return subprocess.run(["git", "-C", str(here), *args], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        if git("ls-files", "--error-unmatch", __file__):
+            return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        pass
+    return None
+
+
+def _gpus() -> list[str]:
+    import torch
+
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
