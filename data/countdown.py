@@ -110,7 +110,9 @@ def problems(split: Split, levels: Sequence[int], seed: int) -> Iterator[Problem
     if split not in ("train", "heldout"):
         raise DataError(f"data split={split!r} does not exist. Expected train or heldout.")
     if not levels or not all(isinstance(level, int) and 2 <= level <= 6 for level in levels):
-        raise DataError(f"data levels={list(levels)} is no list of levels. Expected counts of numbers from 2 to 6, as [3].")
+        raise DataError(
+            f"data levels={list(levels)} is no list of levels. Expected counts of numbers from 2 to 6, as [3]."
+        )
     return _problems(split, tuple(levels), random.Random(f"countdown {split} {seed}"))
 
 

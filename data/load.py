@@ -73,13 +73,19 @@ def _load(path: str, name: str | None, split: str, revision: str | None) -> Data
         kinds = {_FORMATS.get(f.suffix) for f in files}
         if len(kinds) != 1 or None in kinds:
             found = sorted({f.suffix or "no suffix" for f in files}) or ["nothing"]
-            raise DataError(f"data path={path} holds {', '.join(found)}. Expected files of one kind: .jsonl, .json or .parquet.")
+            raise DataError(
+                f"data path={path} holds {', '.join(found)}. Expected files of one kind: .jsonl, .json or .parquet."
+            )
         try:
             return load_dataset(kinds.pop(), data_files=[str(f) for f in files], split="train")
         except Exception as error:  # datasets wraps pyarrow's and json's errors in its own
-            raise DataError(f"data path={path} cannot be read: {_root(error)}. Expected a valid {files[0].suffix} file.") from error
+            raise DataError(
+                f"data path={path} cannot be read: {_root(error)}. Expected a valid {files[0].suffix} file."
+            ) from error
     if local.suffix in _FORMATS or path.startswith((".", "/", "~")):
-        raise DataError(f"data path={path} does not exist. Give a .jsonl or .parquet file, a folder of them, or a hub id.")
+        raise DataError(
+            f"data path={path} does not exist. Give a .jsonl or .parquet file, a folder of them, or a hub id."
+        )
     try:
         return load_dataset(path, name, split=split, revision=revision)
     except (DatasetNotFoundError, ConnectionError, OSError, ValueError) as error:

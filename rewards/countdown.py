@@ -23,7 +23,7 @@ def steps_of(text: str) -> list[tuple[int, str, int, int]] | None:
 
 
 def verdict(numbers: str, target: int, text: str) -> Verdict:
-    """"ok", or the first thing that is wrong with a solution.
+    """ "ok", or the first thing that is wrong with a solution.
 
     ``parse`` not a list of steps; ``pool`` uses a number that is not there; ``arithmetic`` a wrong or forbidden result (all
     results lie in 0..31); ``unused`` numbers are left over; ``target`` another value than asked for.

@@ -15,7 +15,9 @@ def format_tags(
 
     White space around the tags is free; a tag may not open or close twice.
     """
-    pattern = re.compile(r"\s*" + r"\s*".join(rf"<{re.escape(t)}>.*?</{re.escape(t)}>" for t in tags) + r"\s*", re.DOTALL)
+    pattern = re.compile(
+        r"\s*" + r"\s*".join(rf"<{re.escape(t)}>.*?</{re.escape(t)}>" for t in tags) + r"\s*", re.DOTALL
+    )
     return [float(_once(text_of(c), tags) and pattern.fullmatch(text_of(c)) is not None) for c in completions]
 
 

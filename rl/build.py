@@ -19,7 +19,6 @@ from rewards.errors import RewardError
 from rl.config import check_trainer_keys
 from rl.errors import CheckpointError, ConfigError, EntrlError
 from rl.evaluate import Decoding
-from rl.paths import find_model
 from rl.pipeline import Pipeline
 
 
@@ -45,7 +44,9 @@ def make(key: str, node: Any) -> Any:
         cause = error.__cause__ or error
         if isinstance(cause, EntrlError | DataError | RewardError):
             raise cause from error
-        raise ConfigError(f"{key}: {str(cause).strip().splitlines()[0]}. Check its _target_ and its arguments.") from error
+        raise ConfigError(
+            f"{key}: {str(cause).strip().splitlines()[0]}. Check its _target_ and its arguments."
+        ) from error
 
 
 def pipeline(cfg: DictConfig) -> Pipeline:

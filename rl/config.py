@@ -34,7 +34,9 @@ def compose(overrides: Sequence[str] = (), config_dir: str | None = None) -> Dic
     asked = [_open_trainer(o) for o in overrides]
     if config_dir is not None:
         if not Path(config_dir).is_dir():
-            raise ConfigError(f"--config-dir {config_dir} is no folder. Expected one with groups in it, as plugin/my_idea.yaml.")
+            raise ConfigError(
+                f"--config-dir {config_dir} is no folder. Expected one with groups in it, as plugin/my_idea.yaml."
+            )
         asked.append(f"hydra.searchpath=[file://{Path(config_dir).resolve()}]")
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(configs_dir()), version_base="1.3"):
@@ -96,7 +98,9 @@ def _check_selected(cfg: DictConfig) -> None:
             )
     for name, node in cfg.reward.items():
         if node is None or "fn" not in node:
-            raise ConfigError(f"reward.{name} has settings but is not selected. Select it, reward=[{name}], or use '~reward.{name}'.")
+            raise ConfigError(
+                f"reward.{name} has settings but is not selected. Select it, reward=[{name}], or use '~reward.{name}'."
+            )
 
 
 def _keys(cfg: Any, prefix: str = "") -> Iterator[str]:

@@ -18,7 +18,9 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
         ValueError: k outside 1..n, or correct outside 0..n.
     """
     if not 1 <= k <= n:
-        raise ValueError(f"pass@{k} cannot be estimated from {n} samples. Expected 1 <= k <= samples: raise eval.samples.")
+        raise ValueError(
+            f"pass@{k} cannot be estimated from {n} samples. Expected 1 <= k <= samples: raise eval.samples."
+        )
     if not 0 <= correct <= n:
         raise ValueError(f"{correct} correct of {n} samples. Expected 0 <= correct <= samples.")
     return 1.0 - comb(n - correct, k) / comb(n, k)

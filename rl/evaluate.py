@@ -62,7 +62,9 @@ def evaluate(
     if not len(rows):
         raise ConfigError("There is no problem to evaluate on. Expected a held-out set with at least one row.")
     if max(ks) > samples:
-        raise ConfigError(f"eval.ks={list(ks)} asks for more than eval.samples={samples}. Raise eval.samples or drop a k.")
+        raise ConfigError(
+            f"eval.ks={list(ks)} asks for more than eval.samples={samples}. Raise eval.samples or drop a k."
+        )
     with _undisturbed(model, seed):
         frame = _draw(model, tokenizer, rows, decoding, samples)
         once = _draw(model, tokenizer, rows, _greedy(decoding), 1) if greedy else None
@@ -122,7 +124,9 @@ def _draw_batch(model, tokenizer, problems, decoding: Decoding, samples: int) ->
     new = full[:, width:]
     ended = (new == eos).cumsum(-1)
     valid = (ended == 0) | ((new == eos) & (ended == 1))  # up to and including the first end of text
-    entropy = score(model, full, torch.cat([attention, valid.long()], 1), new.shape[1], decoding.temperature or 1.0).entropy
+    entropy = score(
+        model, full, torch.cat([attention, valid.long()], 1), new.shape[1], decoding.temperature or 1.0
+    ).entropy
     texts = tokenizer.batch_decode([row[m] for row, m in zip(new, valid, strict=True)], skip_special_tokens=True)
     return [
         {
@@ -142,7 +146,9 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict]) -> 
     """Token ids of a prompt exactly as training sees it: plain text as it is, a chat through the chat template."""
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
-    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
+    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)[
+        "input_ids"
+    ]
 
 
 def _grade(frame: pd.DataFrame, rows, grader, answer) -> None:

@@ -9,7 +9,7 @@ import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,13 @@ from rl.errors import ConfigError
 _TOKENS, _VOCAB = 1024, 16384  # tile sizes: the largest temporary is tokens x vocab in fp32, 64 MiB
 
 # Config fields by which model families scale or cap their logits; a rank does not mind, a divergence does.
-_LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+_LOGIT_TRANSFORMS = (
+    "final_logit_softcapping",
+    "logit_scale",
+    "output_multiplier",
+    "lm_head_multiplier",
+    "logits_scaling",
+)
 
 
 class Scores(NamedTuple):
@@ -67,7 +73,7 @@ class HiddenTap:
         self._armed = False
         self.base.base_model.register_forward_hook(self._keep)
 
-    def __enter__(self) -> HiddenTap:  # noqa: PYI034 (Self is Python 3.11)
+    def __enter__(self) -> Self:
         self._armed = True
         return self
 
@@ -140,7 +146,9 @@ class Reference:
 
     def __init__(self, policy: nn.Module, device: torch.device):
         self.adapters = policy if hasattr(policy, "peft_config") else None
-        self.model = policy if self.adapters is not None else copy.deepcopy(policy).requires_grad_(False).eval().to(device)
+        self.model = (
+            policy if self.adapters is not None else copy.deepcopy(policy).requires_grad_(False).eval().to(device)
+        )
         self.tap = HiddenTap(self.model)
 
     @torch.no_grad()

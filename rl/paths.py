@@ -37,5 +37,7 @@ def find_model(target: str) -> str:
             "Give a run folder that finished, a folder written by save_pretrained, or a hub id."
         )
     if folder.exists() or target.count("/") != 1 or target.startswith((".", "~", "/")):
-        raise CheckpointError(f"{target} is no folder with a model. Give a run folder, a saved model, or a hub id as org/name.")
+        raise CheckpointError(
+            f"{target} is no folder with a model. Give a run folder, a saved model, or a hub id as org/name."
+        )
     return target

@@ -10,14 +10,25 @@ import shlex
 import string
 import subprocess
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from rl.errors import RunExistsError
 
-_VERSIONS = ("entrl", "torch", "transformers", "trl", "accelerate", "peft", "datasets", "hydra-core", "wandb", "math-verify")
+_VERSIONS = (
+    "entrl",
+    "torch",
+    "transformers",
+    "trl",
+    "accelerate",
+    "peft",
+    "datasets",
+    "hydra-core",
+    "wandb",
+    "math-verify",
+)
 
 
 def run_name(model: str, data: str, plugins: Sequence[str], seed: int) -> str:
@@ -26,18 +37,28 @@ def run_name(model: str, data: str, plugins: Sequence[str], seed: int) -> str:
     return f"{model}_{data}_{'+'.join(plugins) or 'grpo'}_s{seed}_{letters}"
 
 
+def check_free(directory: Path, name: str, overwrite: bool) -> Path:
+    """The folder a run of this name would get.
+
+    Raises:
+        RunExistsError: the name is taken and ``overwrite`` is false.
+    """
+    folder = Path(directory) / name
+    if folder.exists() and not overwrite:
+        raise RunExistsError(
+            f"{folder} exists already. Give another run.name, or run.overwrite=true to move it aside to {name}.old-<n>."
+        )
+    return folder
+
+
 def create(directory: Path, name: str, overwrite: bool) -> Path:
     """Make the folder of a new run, with ``rollouts/`` and ``checkpoints/`` left to who fills them.
 
     Raises:
         RunExistsError: the name is taken and ``overwrite`` is false.
     """
-    folder = Path(directory) / name
+    folder = check_free(directory, name, overwrite)
     if folder.exists():
-        if not overwrite:
-            raise RunExistsError(
-                f"{folder} exists already. Give another run.name, or run.overwrite=true to move it aside to {name}.old-<n>."
-            )
         number = 1
         while (aside := folder.with_name(f"{name}.old-{number}")).exists():
             number += 1
@@ -69,10 +90,15 @@ def describe(folder: Path, config_yaml: str, overrides: Sequence[str], argv: Seq
 def manifest(seed: int) -> dict[str, Any]:
     """What one needs to run it again: versions, commit, hardware, seed. No environment variables, no user name."""
     return {
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "git": _git(),
         "versions": {"python": platform.python_version(), **{p: _version(p) for p in _VERSIONS}},
-        "hardware": {"machine": platform.machine(), "cpus": os.cpu_count(), "system": platform.system(), "gpus": _gpus()},
+        "hardware": {
+            "machine": platform.machine(),
+            "cpus": os.cpu_count(),
+            "system": platform.system(),
+            "gpus": _gpus(),
+        },
         "seed": seed,
     }
 
@@ -100,7 +126,9 @@ def _git() -> dict[str, Any] | None:
 
     def git(*args: str) -> str:
         here = Path(__file__).parent
-        return subprocess.run(["git", "-C", str(here), *args], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(here), *args], capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
 
     try:
         if git("ls-files", "--error-unmatch", __file__):

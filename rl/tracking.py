@@ -48,7 +48,9 @@ class Tracker:
         self._run = None
         mode = resolve_mode(mode)
         if mode != "disabled":
-            self._run = _start(self.folder, mode, project, entity, name, group, tags, without_secrets(config or {}), run_id)
+            self._run = _start(
+                self.folder, mode, project, entity, name, group, tags, without_secrets(config or {}), run_id
+            )
 
     def log(self, step: int, metrics: Mapping[str, float], histograms: Mapping[str, Histogram]) -> None:
         """Append one line; numbers that are not finite become null, which every JSON reader understands."""
@@ -93,7 +95,7 @@ class Tracker:
 
 
 def resolve_mode(mode: Mode) -> Mode:
-    """"auto" as documented in :class:`Tracker`; the others as they are."""
+    """ "auto" as documented in :class:`Tracker`; the others as they are."""
     if mode != "auto":
         return mode
     if os.environ.get("WANDB_MODE"):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from rl.contract import Mean, RunFacts, Signal, TokenBatch
@@ -81,6 +81,7 @@ class EntropyTrainer(GRPOTrainer):
         self._rollout_entropy: Tensor | None = None
         self._means: dict[str, Mean] = {}
         self._clock = {"rollout": 0.0, "since": time.perf_counter(), "tokens": 0.0}
+        self._totals = [0.0, 0.0, 0.0]  # tokens, rollout seconds, wall seconds
         self._tap = self._ref = None
         if pipeline.needs & {"rank", "full_kl"}:
             self._tap = HiddenTap(self.model)
@@ -88,6 +89,7 @@ class EntropyTrainer(GRPOTrainer):
             refuse_logit_transforms(self.model.config, "plugin.entropy_band")
             self._ref = Reference(self.model, self.accelerator.device)
         self.add_callback(_StepPhase(self))
+        self.remove_callback(PrinterCallback)  # the sinks say it once, and under entrl's names
 
     # ---- the loss ---------------------------------------------------------------------------------------------------
 
@@ -274,7 +276,9 @@ class EntropyTrainer(GRPOTrainer):
         names = sorted(self._means)
         if not names:
             return {}
-        sums = all_sum(torch.stack([torch.stack([m.total.double(), m.count.double()]) for m in map(self._means.get, names)]))
+        sums = all_sum(
+            torch.stack([torch.stack([m.total.double(), m.count.double()]) for m in map(self._means.get, names)])
+        )
         self._means = {}
         return {name: (total / count).item() for name, (total, count) in zip(names, sums, strict=True) if count > 0}
 
@@ -283,10 +287,16 @@ class EntropyTrainer(GRPOTrainer):
         wall, rollout = now - self._clock["since"], self._clock["rollout"]
         tokens = all_sum(torch.tensor([self._clock["tokens"]], device=self.accelerator.device)).item()
         self._clock = {"rollout": 0.0, "since": now, "tokens": 0.0}
+        self._totals = [total + new for total, new in zip(self._totals, (tokens, rollout, wall), strict=True)]
         times = {"time/step": wall, "time/rollout": rollout, "time/tokens_per_second": tokens / wall}
         if torch.cuda.is_available():
             times["mem/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         return times
+
+    def tokens_per_second(self) -> dict[str, float]:
+        """Completion tokens over the whole training: per second of rollout, and per second of everything."""
+        tokens, rollout, wall = self._totals
+        return {"rollout": tokens / max(rollout, 1e-9), "train": tokens / max(wall, 1e-9)}
 
     def _clip_means(self, tokens: TokenBatch, signal: Signal) -> dict[str, Mean]:
         """Share of trainable tokens outside the clip range on the side where PPO stops their gradient.

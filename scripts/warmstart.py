@@ -1,8 +1,8 @@
 """Make the embedded model: a 0.2 M-parameter Qwen3 taught Countdown from noisy demonstrations.
 
-    python scripts/warmstart.py                      # the model that ships, about 5 minutes on one CPU core
-    python scripts/warmstart.py --steps 500 --out /tmp/quick
-    python scripts/warmstart.py --beta -0.25 --out models/precision    # the prior of "Diversity or Precision?"
+python scripts/warmstart.py                      # the model that ships, about 5 minutes on one CPU core
+python scripts/warmstart.py --steps 500 --out /tmp/quick
+python scripts/warmstart.py --beta -0.25 --out models/precision    # the prior of "Diversity or Precision?"
 """
 
 from __future__ import annotations

@@ -40,7 +40,9 @@ def load(name):
 def cases():
     for path in sorted(PLUGINS.glob("*.yaml")):
         for variant in [{}, *VARIANTS.get(path.stem, [])]:
-            yield pytest.param(path.stem, variant, id=f"{path.stem}-{'-'.join(map(str, variant.values())) or 'default'}")
+            yield pytest.param(
+                path.stem, variant, id=f"{path.stem}-{'-'.join(map(str, variant.values())) or 'default'}"
+            )
 
 
 @pytest.fixture(params=cases())

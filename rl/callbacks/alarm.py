@@ -17,7 +17,9 @@ class NoOpAlarm:
         self._idle: Counter[str] = Counter()
 
     def __call__(self, step: int, metrics: Mapping[str, float], histograms: Mapping[str, Histogram]) -> None:
-        silent = {n.split("/")[1] for n, v in metrics.items() if n.startswith("plugin/") and n.endswith("/touched") and v == 0}
+        silent = {
+            n.split("/")[1] for n, v in metrics.items() if n.startswith("plugin/") and n.endswith("/touched") and v == 0
+        }
         plugins = {n.split("/")[1] for n in metrics if n.startswith("plugin/")}
         for name in plugins:
             self._count(name, name in silent, f"plugin.{name} has touched no token", step, _PLUGIN_CAUSES)
@@ -30,9 +32,7 @@ class NoOpAlarm:
             warnings.warn(f"{what} for {self.patience} steps (now at step {step}). {causes}", stacklevel=2)
 
 
-_PLUGIN_CAUSES = (
-    "It is a silent no-op: its settings may be neutral, all advantages may be zero, or an earlier plug-in keeps no token."
-)
+_PLUGIN_CAUSES = "It is a silent no-op: its settings may be neutral, all advantages may be zero, or an earlier plug-in keeps no token."
 _REWARD_CAUSES = (
     "GRPO learns nothing from such groups: the problems may be too hard or too easy, the reward may not parse the "
     "completions (look at the recorded rollouts), or completions may be truncated."

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from golden import close, tensor
 
+from golden import close, tensor
 from rl.contract import Signal
 from rl.errors import ConfigError
 from rl.plugins.entropy_band import EntropyBand, otsu_exact, otsu_hist

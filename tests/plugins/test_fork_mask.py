@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from golden import close, tensor
 
+from golden import close, tensor
 from rl.contract import Signal
 from rl.errors import ConfigError
 from rl.plugins.fork_mask import ForkMask
@@ -77,7 +77,9 @@ def test_selectors_differ_as_documented():
     logits = torch.zeros(1, 7, 3, dtype=torch.float64)
     logits[0, :, 0] = torch.arange(7)
     batch = batch_from_logits(logits, torch.zeros(1, 7), torch.ones(1, 7), tensor([1.0]))
-    kept = {s: ForkMask(rho=0.3, selector=s)(batch, Signal.start(batch)).keep.sum().item() for s in ("topk", "quantile")}
+    kept = {
+        s: ForkMask(rho=0.3, selector=s)(batch, Signal.start(batch)).keep.sum().item() for s in ("topk", "quantile")
+    }
     assert kept == {"topk": 3, "quantile": 2}
 
 

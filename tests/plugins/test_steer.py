@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from golden import close, tensor
 
+from golden import close, tensor
 from rl.contract import Signal
 from rl.errors import ConfigError
 from rl.plugins.steer import Steer

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tiny import EntropyTrainer, GRPOTrainer, assert_same, save_model, train
 
 from rl.contract import Signal, TokenBatch
 from rl.plugins.fork_mask import ForkMask
+from tiny import EntropyTrainer, GRPOTrainer, assert_same, save_model, train
 
 LOSSES = ["grpo", "dapo", "bnpo", "dr_grpo", "cispo", "sapo", "luspo", "vespo"]
 

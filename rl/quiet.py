@@ -1,0 +1,24 @@
+"""Silence what libraries say to developers of libraries, so that what a run says to a person can be read."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+
+def quiet() -> None:
+    """Turn off progress bars, advisory warnings and info logs of the libraries underneath; errors still show."""
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    for message in (
+        ".*is_gradient_checkpointing.*",  # transformers 5.23, called by trl 1.16
+        ".*gradient_checkpointing.*deprecated.*",
+        ".*torch.*pin_memory.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+    for name in ("trl", "accelerate", "math_verify"):
+        logging.getLogger(name).setLevel(logging.ERROR)
