@@ -41,9 +41,10 @@ def table(
     data = _load(path, name, split, revision)
     if not len(data):
         raise DataError(f"data path={path} is empty. Expected at least one row.")
-    data = data.select(range(min(skip, len(data)), len(data) if limit is None else min(skip + limit, len(data))))
-    if not len(data):
-        raise DataError(f"data path={path} has no row left after skip={skip}, limit={limit}.")
+    end = len(data) if limit is None else min(skip + limit, len(data))
+    if skip >= end:
+        raise DataError(f"data path={path} has no row left of {len(data)} after skip={skip}, limit={limit}.")
+    data = data.select(range(skip, end))
     for ours, theirs in columns.items():
         _check_column(path, data, ours, theirs)
 

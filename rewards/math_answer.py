@@ -35,7 +35,8 @@ def final_answer(text: str) -> str | None:
 
 @lru_cache(maxsize=4096)
 def _gold(gold: str) -> tuple:
-    return _parse(gold) or _parse(f"${gold}$") or (gold,)
+    marked = gold if "$" in gold or r"\boxed" in gold else f"${gold}$"  # bare LaTeX is only read between dollars
+    return _parse(marked) or _parse(gold) or (gold,)
 
 
 def _parse(text: str) -> tuple:

@@ -65,7 +65,7 @@ def score(
 
 
 class HiddenTap:
-    """Keeps the last hidden state of a causal model's backbone while armed: ``with tap: model(...); tap.hidden``."""
+    """Keeps the last hidden state of a causal model's backbone while armed: ``with tap: model(...)``, then ``tap.completion(n)``."""
 
     def __init__(self, model: nn.Module):
         self.base = model.get_base_model() if hasattr(model, "peft_config") else model
@@ -85,8 +85,9 @@ class HiddenTap:
             self.hidden = output.last_hidden_state
 
     def completion(self, n: int) -> Tensor:
-        """(B, n, D) hidden states from which the last ``n`` tokens were predicted."""
-        return self.hidden[:, -n - 1 : -1]
+        """(B, n, D) hidden states from which the last ``n`` tokens were predicted; they are let go of."""
+        hidden, self.hidden = self.hidden, None
+        return hidden[:, -n - 1 : -1]
 
     @property
     def head(self) -> nn.Module:

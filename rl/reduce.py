@@ -104,7 +104,8 @@ class Reduce:
         """Largest value in the scope; -inf when there is none."""
         masked = x.detach().masked_fill(~self.mask, -math.inf)
         if scope == "response":
-            return masked.amax(-1, keepdim=True)
+            empty = masked.new_full((len(masked), 1), -math.inf)
+            return masked.amax(-1, keepdim=True) if masked.shape[1] else empty
         if scope == "rollout":
             raise _no_rollout("max")
         local = masked.max() if masked.numel() else masked.new_full((), -math.inf)

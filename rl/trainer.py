@@ -83,11 +83,11 @@ class EntropyTrainer(GRPOTrainer):
         self._clock = {"rollout": 0.0, "since": time.perf_counter(), "tokens": 0.0}
         self._totals = [0.0, 0.0, 0.0]  # tokens, rollout seconds, wall seconds
         self._tap = self._ref = None
-        if pipeline.needs & {"rank", "full_kl"}:
-            self._tap = HiddenTap(self.model)
         if "full_kl" in pipeline.needs:
             refuse_logit_transforms(self.model.config, "plugin.entropy_band")
             self._ref = Reference(self.model, self.accelerator.device)
+        if pipeline.needs & {"rank", "full_kl"}:
+            self._tap = HiddenTap(self.model)
         self.add_callback(_StepPhase(self))
         self.remove_callback(PrinterCallback)  # the sinks say it once, and under entrl's names
 
@@ -142,12 +142,13 @@ class EntropyTrainer(GRPOTrainer):
         old_entropy = inputs.get("old_entropy")
         on_policy = old_logp is None
         rank = kl = None
-        if "rank" in needs:
-            rank = torch.ones_like(inputs["completion_ids"])
-            hidden = self._tap.completion(mask.shape[1])[mask].detach()
-            rank[mask] = ranks(hidden, self._tap.head, inputs["completion_ids"][mask])
-        if "full_kl" in needs:
-            kl = self._full_kl(input_ids, attention_mask, mask)
+        if self._tap is not None:
+            hidden = self._tap.completion(mask.shape[1])[mask]
+            if "rank" in needs:
+                rank = torch.ones_like(inputs["completion_ids"])
+                rank[mask] = ranks(hidden, self._tap.head, inputs["completion_ids"][mask])
+            if "full_kl" in needs:
+                kl = self._full_kl(hidden, input_ids, attention_mask, mask)
         empty = logps.new_zeros(len(mask))
         return TokenBatch(
             mask=mask,
@@ -169,8 +170,7 @@ class EntropyTrainer(GRPOTrainer):
             rollout_entropy=self._rollout_entropy,
         )
 
-    def _full_kl(self, input_ids: Tensor, attention_mask: Tensor, mask: Tensor) -> Tensor:
-        policy = self._tap.completion(mask.shape[1])[mask]
+    def _full_kl(self, policy: Tensor, input_ids: Tensor, attention_mask: Tensor, mask: Tensor) -> Tensor:
         reference = self._ref.hidden(input_ids, attention_mask, mask.shape[1])[mask]
         kl = full_kl(policy, self._tap.head, reference, self._ref.tap.head, self.temperature)
         return torch.zeros_like(mask, dtype=kl.dtype).masked_scatter(mask, kl)

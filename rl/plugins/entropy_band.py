@@ -110,6 +110,8 @@ def otsu_exact(mask: Tensor, h: Tensor) -> Tensor:
 
     Maximises ``n0 n1 (mean0 - mean1)^2`` over all splits of the sorted values; -inf (select all) where all are equal.
     """
+    if h.shape[1] < 2:
+        return h.new_full((len(h), 1), -math.inf)
     n = mask.sum(-1, keepdim=True)
     ordered = h.masked_fill(~mask, math.inf).sort(dim=-1).values
     finite = ordered.where(ordered.isfinite(), 0.0)
@@ -120,8 +122,6 @@ def otsu_exact(mask: Tensor, h: Tensor) -> Tensor:
     between = count * rest * (below / count - above / rest) ** 2
     gap = ordered[:, 1:] - ordered[:, :-1]
     between = between.masked_fill((count >= n) | ~(gap > 0), -1.0)  # a split needs two sides and different values
-    if between.shape[1] == 0:
-        return h.new_full((len(h), 1), -math.inf)
     best, split = between.max(-1, keepdim=True)
     middle = (finite.gather(-1, split) + finite.gather(-1, split + 1)) / 2
     return middle.where(best >= 0, -math.inf)
