@@ -12,7 +12,7 @@ from typing import Any
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
@@ -58,29 +58,36 @@ def _open_trainer(override: str) -> str:
 
 
 def _explain(error: Exception, overrides: Sequence[str]) -> str:
-    text = str(error)
-    if isinstance(error, MissingConfigException) and error.options is not None:
-        group, _, option = str(error.missing_cfg_file).rpartition("/")
-        return f"{group}={option} does not exist.{_did_you_mean(option, error.options)} Expected one of: {', '.join(error.options)}."
-    if isinstance(error, ConfigCompositionException) and (key := re.search(r"Could not override '([^']+)'", text)):
-        return _unknown_key(key[1], text)
+    text = f"{error}\n{error.__cause__}"
+    if isinstance(error, OverrideParseException):
+        return f"{error.override!r} cannot be read as an override: {_first_line(error)}. Expected key=value."
+    if missing := re.search(r"Could not (?:find|load) '([^']+)'", text):
+        group, _, option = missing[1].rpartition("/")
+        known = _options(group)
+        return f"{group}={option} does not exist.{_did_you_mean(option, known)} Expected one of: {', '.join(known)}."
+    if key := re.search(r"Could not override '([^']+)'", text):
+        at = re.search(r"full_key: (\S+)", text)
+        return _unknown_key(key[1], at[1] if at else key[1])
     if "Multiple values for" in text and "plugin" in text:
         return "Several plugin= choices on one line. Give one list: 'plugin=[a,b]', or '+plugin=[a,b]' to add to an experiment's."
-    named = [o for o in overrides if o.split("=")[0].lstrip("+~") in text]
-    return f"{_first_line(error)}{' (from ' + named[0] + ')' if named and named[0] not in _first_line(error) else ''}."
+    named = next((o for o in overrides if o.split("=")[0].lstrip("+~") in text), None)
+    return f"{_first_line(error)}{f' (from {named})' if named else ''}."
 
 
-def _unknown_key(key: str, text: str) -> str:
-    parts = key.split(".")
-    group = parts[0].split("@")[0]
-    if group == "plugin" and len(parts) > 1:
-        if parts[1] in plugin_names():
-            return (
-                f"{key} is set, but the plug-in {parts[1]} is not selected. Select it, plugin=[fork_mask,{parts[1]}], "
-                "or drop the setting."
-            )
-        return f"plugin.{parts[1]} does not exist.{_did_you_mean(parts[1], plugin_names())} Known: {', '.join(plugin_names())}."
-    known = list(_keys(compose()))
+def _options(group: str) -> list[str]:
+    root = configs_dir() / group
+    return sorted(str(p.relative_to(root).with_suffix("")) for p in root.rglob("*.yaml"))
+
+
+def _unknown_key(key: str, missing_at: str) -> str:
+    """``missing_at`` is where the path breaks off: ``plugin.steer`` for ``plugin.steer.w_min`` when steer is not selected."""
+    group, _, name = missing_at.partition(".")
+    if group == "plugin" and "." not in name and name != key:
+        if name in plugin_names():
+            return f"{key} is set, but the plug-in {name} is not selected. Select it, plugin=[fork_mask,{name}], or drop the setting."
+        return f"plugin.{name} does not exist.{_did_you_mean(name, plugin_names())} Known: {', '.join(plugin_names())}."
+    selected = [f"plugin=[{key.split('.')[1]}]"] if group == "plugin" else []
+    known = list(_keys(compose(selected)))
     return f"{key} is not a key of the configuration.{_did_you_mean(key, known)} See all: entrl show --full."
 
 
@@ -121,7 +128,7 @@ def _first_line(error: Exception) -> str:
 
 def plugin_names() -> list[str]:
     """The plug-ins that ship with entrl."""
-    return sorted(p.stem for p in (configs_dir() / "plugin").glob("*.yaml"))
+    return _options("plugin")
 
 
 def differences(cfg: DictConfig, base: DictConfig) -> dict[str, tuple[Any, Any]]:
@@ -140,21 +147,32 @@ def _leaves(cfg: Any, prefix: str = "") -> dict[str, Any]:
     return out
 
 
-def check_trainer_keys(trainer: DictConfig) -> None:
-    """Every key of ``trainer`` must be an option of the installed ``trl.GRPOConfig``; imports TRL.
+def check_trainer_options(trainer: DictConfig) -> None:
+    """Every key of ``trainer`` must be an option of the installed ``trl.GRPOConfig``, of its kind; imports TRL.
+
+    TRL itself notices some wrong values only at the first loss, after a rollout.
 
     Raises:
-        ConfigError: names the key and the closest option.
+        ConfigError: names the key, and the closest option or what is allowed.
     """
     from trl import GRPOConfig
 
-    known = [f.name for f in fields(GRPOConfig) if f.init]
-    for key in trainer:
+    known = {f.name: f.default for f in fields(GRPOConfig) if f.init}
+    for key, value in trainer.items():
         if key not in known:
             raise ConfigError(f"trainer.{key} is no option of trl.GRPOConfig.{_did_you_mean(str(key), known)}")
+        if isinstance(known[key], int | float) and value is not None and not isinstance(value, int | float):
+            raise ConfigError(f"trainer.{key}={value} is a {type(value).__name__}. Expected a number or a truth value.")
+        if key in _CHOICES and value not in _CHOICES[key]:
+            raise ConfigError(f"trainer.{key}={value} is not known. Expected one of: {', '.join(_CHOICES[key])}.")
         if key in _OURS:
             raise ConfigError(f"trainer.{key} is set by entrl itself: {_OURS[key]}.")
 
+
+_CHOICES = {
+    "loss_type": ("grpo", "dapo", "bnpo", "dr_grpo", "cispo", "sapo", "luspo", "vespo"),
+    "importance_sampling_level": ("token", "sequence"),
+}
 
 # TRL options that would double or break what entrl does.
 _OURS = {

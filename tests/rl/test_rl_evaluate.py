@@ -1,0 +1,90 @@
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from data import countdown
+from rewards.countdown import final_answer, solved
+from rl.errors import ConfigError
+from rl.evaluate import Decoding, entropy_profile, evaluate, prompt_ids
+from rl.head import score
+from tiny import save_model
+
+TOKENIZER = countdown.tokenizer()
+ROWS = countdown.dataset("heldout", [3], 6, seed=0, distinct=True).to_list()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return AutoModelForCausalLM.from_pretrained(save_model(tmp_path_factory.mktemp("m")))
+
+
+def run(model, grader=solved, answer=final_answer, rows=ROWS, **kwargs):
+    options = {"samples": 4, "ks": (1, 2, 4), "seed": 0, **kwargs}
+    decoding = options.pop("decoding", Decoding(max_new_tokens=8, batch_size=8))
+    return evaluate(model, TOKENIZER, rows, grader, answer, decoding, **options)
+
+
+def test_the_same_seed_gives_the_same_samples_and_nothing_else_is_disturbed(model):
+    model.train()
+    state = torch.get_rng_state()
+    first, second, other = run(model), run(model), run(model, seed=1)
+    assert torch.equal(torch.get_rng_state(), state) and model.training
+    assert first.metrics == second.metrics
+    assert first.samples["completion"].tolist() == second.samples["completion"].tolist()
+    assert first.samples["completion"].tolist() != other.samples["completion"].tolist()
+
+
+def test_metrics_follow_from_the_samples(model):
+    """With a grader that accepts even lengths, whatever the model writes."""
+
+    def even(prompts, completions, **columns):
+        assert len(columns["numbers"]) == len(prompts) == len(completions)
+        return [float(len(c.split()) % 2 == 0) for c in completions]
+
+    result = run(model, grader=even, answer=lambda text: str(len(text)) if len(text) % 3 else None)
+    frame, metrics = result.samples, result.metrics
+    assert len(frame) == 24 and frame.groupby("problem")["sample"].apply(list).tolist() == [[0, 1, 2, 3]] * 6
+    assert frame["correct"].tolist() == [len(c.split()) % 2 == 0 for c in frame["completion"]]
+    assert metrics["pass@1"] == metrics["avg@4"] == pytest.approx(frame["correct"].mean())
+    assert metrics["pass@4"] == pytest.approx(frame.groupby("problem")["correct"].any().mean())
+    assert metrics["pass@1/low"] <= metrics["pass@1"] <= metrics["pass@1/high"]
+    assert metrics["len"] == frame["tokens"].mean() and metrics["extracted"] == frame["answer"].notna().mean()
+    flat = np.concatenate(frame["token_entropy"].tolist())
+    assert metrics["entropy/mean"] == pytest.approx(flat.mean()) and len(flat) == frame["tokens"].sum()
+    assert {"maj@2", "maj@4", "greedy"} <= set(metrics) and "maj@1" not in metrics
+
+
+def test_entropies_are_those_of_the_policy_at_the_sampling_temperature(model):
+    frame = run(model, decoding=Decoding(max_new_tokens=8, temperature=0.7, batch_size=8)).samples
+    row = frame.iloc[5]
+    ids = prompt_ids(TOKENIZER, row["prompt"])
+    new = TOKENIZER(row["completion"])["input_ids"]
+    full = torch.tensor([ids + new])
+    alone = score(model, full, torch.ones_like(full), len(new), 0.7).entropy[0].tolist()
+    assert row["token_entropy"][: len(new)] == pytest.approx(alone, abs=1e-4)
+
+
+def test_truncation_and_end_of_text(model):
+    frame = run(model).samples
+    assert (frame["tokens"] <= 8).all() and frame[frame["truncated"]]["tokens"].eq(8).all()
+    for row in frame[~frame["truncated"]].itertuples():
+        assert row.tokens == len(row.completion.split()) + 1  # the end itself is a token of the policy
+
+
+def test_chat_prompts_go_through_the_template(model):
+    tokenizer = countdown.tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} : {% endfor %}"
+    assert prompt_ids(tokenizer, [{"role": "user", "content": "3 4 > 7"}]) == tokenizer("3 4 > 7 : ")["input_ids"]
+
+
+def test_entropy_profile():
+    profile = entropy_profile(np.array([0.0, 0.0, 0.0, 0.0, 1.0]))
+    assert profile["entropy/mean"] == 0.2 and profile["entropy/top20_mean"] == 1.0 and profile["entropy/p50"] == 0.0
+
+
+def test_refuses(model):
+    with pytest.raises(ConfigError, match="no problem"):
+        run(model, rows=[])
+    with pytest.raises(ConfigError, match="eval.samples=4"):
+        run(model, ks=(1, 8))
