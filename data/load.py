@@ -71,6 +71,8 @@ def _load(path: str, name: str | None, split: str, revision: str | None) -> Data
     local = Path(path).expanduser()
     if local.exists():
         files = sorted(p for p in local.rglob("*") if p.suffix in _FORMATS) if local.is_dir() else [local]
+        if files and all(f.stat().st_size == 0 for f in files):
+            raise DataError(f"data path={path} is empty. Expected at least one row.")
         kinds = {_FORMATS.get(f.suffix) for f in files}
         if len(kinds) != 1 or None in kinds:
             found = sorted({f.suffix or "no suffix" for f in files}) or ["nothing"]

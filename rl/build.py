@@ -16,9 +16,9 @@ from data.errors import DataError
 from data.load import plain_text
 from rewards.checked import Checked
 from rewards.errors import RewardError
-from rl.config import check_trainer_keys
+from rl.config import check_trainer_options
 from rl.errors import CheckpointError, ConfigError, EntrlError
-from rl.evaluate import Decoding
+from rl.evaluate import Decoding, check_ks
 from rl.pipeline import Pipeline
 
 
@@ -44,9 +44,11 @@ def make(key: str, node: Any) -> Any:
         cause = error.__cause__ or error
         if isinstance(cause, EntrlError | DataError | RewardError):
             raise cause from error
-        raise ConfigError(
-            f"{key}: {str(cause).strip().splitlines()[0]}. Check its _target_ and its arguments."
-        ) from error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        where = node.get("_target_", "") if hasattr(node, "get") else ""
+        reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0].rstrip(".")
+        raise ConfigError(f"{key}: {where} cannot be made: {reason}. Check its _target_ and its arguments.") from error
 
 
 def pipeline(cfg: DictConfig) -> Pipeline:
@@ -133,7 +135,7 @@ def grpo_config(cfg: DictConfig, output_dir: str, weights: list[float]) -> GRPOC
     Raises:
         ConfigError: an unknown option or a value TRL refuses.
     """
-    check_trainer_keys(cfg.trainer)
+    check_trainer_options(cfg.trainer)
     options = OmegaConf.to_container(cfg.trainer)
     gpu = torch.cuda.is_available()
     for name, value in {"bf16": gpu, "use_cpu": not gpu}.items():
@@ -162,6 +164,11 @@ def peft_config(cfg: DictConfig) -> Any:
 
 
 def decoding(cfg: DictConfig) -> Decoding:
-    """How evaluation samples."""
+    """How evaluation samples.
+
+    Raises:
+        ConfigError: a k above the number of samples.
+    """
     e = cfg.eval
+    check_ks(e.ks, e.samples)
     return Decoding(e.max_new_tokens, e.temperature, e.top_p, e.top_k, e.batch_size)

@@ -61,10 +61,7 @@ def evaluate(
     """
     if not len(rows):
         raise ConfigError("There is no problem to evaluate on. Expected a held-out set with at least one row.")
-    if max(ks) > samples:
-        raise ConfigError(
-            f"eval.ks={list(ks)} asks for more than eval.samples={samples}. Raise eval.samples or drop a k."
-        )
+    check_ks(ks, samples)
     with _undisturbed(model, seed):
         frame = _draw(model, tokenizer, rows, decoding, samples)
         once = _draw(model, tokenizer, rows, _greedy(decoding), 1) if greedy else None
@@ -74,6 +71,14 @@ def evaluate(
         _grade(once, rows, grader, answer)
         metrics["greedy"] = float(once["correct"].mean())
     return Evaluation(metrics, frame)
+
+
+def check_ks(ks: Sequence[int], samples: int) -> None:
+    """Raise ConfigError unless every k can be estimated from ``samples`` samples."""
+    if not ks or min(ks) < 1 or max(ks) > samples:
+        raise ConfigError(
+            f"eval.ks={list(ks)} does not fit eval.samples={samples}. Expected numbers from 1 to eval.samples."
+        )
 
 
 def _greedy(decoding: Decoding) -> Decoding:

@@ -39,6 +39,7 @@ def run(cfg: DictConfig, overrides: Sequence[str], argv: Sequence[str]) -> Path 
     algebra = batch_algebra(cfg.trainer, world=1)
     pipeline = build.pipeline(cfg)
     functions, weights = build.rewards(cfg)
+    build.decoding(cfg)
     args = build.grpo_config(cfg, str(Path(cfg.run.dir) / "unused"), weights)
     set_seed(cfg.seed)
     path = find_model(cfg.model.path)

@@ -41,7 +41,7 @@ def fails(capsys, *argv):
 
 
 def metrics(folder):
-    lines = [json.loads(line) for line in open(folder / "metrics.jsonl")]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
 
 
@@ -208,7 +208,7 @@ def rewards_of(tmp_path, monkeypatch, body, name):
 @pytest.mark.parametrize(
     "name, body, message",
     [
-        ("r_nan", "[float('nan')] * len(prompts)", "reward.correct returned nan for sample 0 .prompt"),
+        ("r_nan", "[float('nan')] * len(prompts)", "reward.correct returned nan for sample 0 (prompt"),
         ("r_none", "[None] * len(prompts)", "reward.correct returned None for sample 0"),
         ("r_count", "[1.0]", "reward.correct returned 1 values for 8 completions"),
         (
@@ -220,9 +220,7 @@ def rewards_of(tmp_path, monkeypatch, body, name):
 )
 def test_a_broken_reward_is_found_before_anything_is_written(tmp_path, monkeypatch, capsys, name, body, message):
     override = rewards_of(tmp_path, monkeypatch, body, name)
-    assert message.replace(".prompt", " (prompt") in fails(
-        capsys, "train", *SMALL, f"run.dir={tmp_path}/runs", override
-    )
+    assert message in fails(capsys, "train", *SMALL, f"run.dir={tmp_path}/runs", override)
     assert not (tmp_path / "runs").exists()
 
 
@@ -245,8 +243,8 @@ def test_a_reward_that_breaks_later_leaves_a_failed_run_that_says_why(tmp_path, 
         ),
         (["plugin.steer.w_min=0.5"], "plug-in steer is not selected"),
         (["trainer.per_device_train_batch_size=12"], "12 is not a multiple of 8"),
-        (["trainer.loss_type=dpo"], "loss_type"),
-        (["trainer.epsilon=wide"], "trainer"),
+        (["trainer.loss_type=dpo"], "trainer.loss_type=dpo is not known. Expected one of: grpo, dapo"),
+        (["trainer.epsilon=wide"], "trainer.epsilon=wide is a str"),
         (["data.levels=[9]"], "counts of numbers from 2 to 6"),
         (["data.train.count=0"], "at least 1"),
         (["model.path=/no/such/folder"], "/no/such/folder is no folder with a model"),
@@ -254,7 +252,7 @@ def test_a_reward_that_breaks_later_leaves_a_failed_run_that_says_why(tmp_path, 
         (["model.path=no-such-org/no-such-model"], "could not be loaded"),
         (["reward=[]"], "nothing to learn"),
         (["data=jsonl", "data.path=/no/such.jsonl"], "does not exist"),
-        (["data.grader._target_=rewards.nothing.fn"], "data.grader"),
+        (["data.grader._target_=rewards.nothing.fn"], "rewards.nothing.fn cannot be made"),
         (["plugin.fork_mask._target_=rl.plugins.fork_mask.Nope"], "plugin.fork_mask"),
         (["eval.ks=[1,64]"], "eval.samples"),
     ],

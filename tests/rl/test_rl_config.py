@@ -6,7 +6,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from rl.config import batch_algebra, check_trainer_keys, compose, differences, plugin_names
+from rl.config import batch_algebra, check_trainer_options, compose, differences, plugin_names
 from rl.errors import ConfigError
 from rl.paths import configs_dir
 
@@ -45,7 +45,7 @@ def test_every_option_of_every_group_composes(group):
 def test_every_experiment_composes_and_its_batch_fits_a_node(experiment):
     for overrides in ([], ["scale=tiny"], ["plugin=[fork_mask,steer,entropy_band,rank_shaping]"]):
         cfg = compose([f"experiment={experiment}", *overrides])
-        check_trainer_keys(cfg.trainer)
+        check_trainer_options(cfg.trainer)
         batch_algebra(cfg.trainer, world=1)
         batch_algebra(cfg.trainer, world=8)
 
@@ -110,14 +110,14 @@ def test_taking_a_plugin_away_and_adding_one():
 
 def test_any_option_of_trl_can_be_set_and_no_other():
     cfg = compose(["trainer.delta=4.0"])
-    check_trainer_keys(cfg.trainer)
+    check_trainer_options(cfg.trainer)
     assert cfg.trainer.delta == 4.0
     with pytest.raises(
         ConfigError, match=r"trainer.learnin_rate is no option of trl.GRPOConfig. Did you mean learning_rate\?"
     ):
-        check_trainer_keys(compose(["trainer.learnin_rate=1"]).trainer)
+        check_trainer_options(compose(["trainer.learnin_rate=1"]).trainer)
     with pytest.raises(ConfigError, match="plugin.fork_mask.rho"):
-        check_trainer_keys(compose(["trainer.top_entropy_quantile=0.2"]).trainer)
+        check_trainer_options(compose(["trainer.top_entropy_quantile=0.2"]).trainer)
 
 
 def test_a_private_plugin_folder(tmp_path):

@@ -86,5 +86,5 @@ def test_entropy_profile():
 def test_refuses(model):
     with pytest.raises(ConfigError, match="no problem"):
         run(model, rows=[])
-    with pytest.raises(ConfigError, match="eval.samples=4"):
+    with pytest.raises(ConfigError, match="eval.ks=.1, 8. does not fit eval.samples=4"):
         run(model, ks=(1, 8))

@@ -27,7 +27,10 @@ def test_every_step_is_one_line_that_strict_json_reads(tmp_path):
     t = tracker(tmp_path, "disabled")
     t.log(1, {"a": 1.5, "b": math.nan}, HIST)
     t.log(2, {"a": math.inf}, {})
-    lines = [json.loads(line, parse_constant=lambda c: pytest.fail(c)) for line in open(tmp_path / "metrics.jsonl")]
+    lines = [
+        json.loads(line, parse_constant=lambda c: pytest.fail(c))
+        for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    ]
     assert lines[0] == {"step": 1, "a": 1.5, "b": None, "entropy/hist": {"counts": [3, 1], "edges": [0.0, 0.5, 2.0]}}
     assert lines[1] == {"step": 2, "a": None}
     t.finish({})
