@@ -8,10 +8,11 @@ import netrc
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 from urllib.parse import urlparse
 
 from rl.dynamics import Histogram
+from rl.errors import ConfigError
 
 Mode = Literal["auto", "online", "offline", "disabled"]
 
@@ -80,6 +81,13 @@ class Tracker:
             self._run.summary.update(dict(summary))
             self._run.finish(exit_code=1 if failed else 0)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, *exc: object) -> None:
+        if kind is not None:
+            self.finish({}, failed=True)
+
     @property
     def id(self) -> str | None:
         return self._run.id if self._run is not None else None
@@ -95,12 +103,20 @@ class Tracker:
 
 
 def resolve_mode(mode: Mode) -> Mode:
-    """ "auto" as documented in :class:`Tracker`; the others as they are."""
-    if mode != "auto":
-        return mode
-    if os.environ.get("WANDB_MODE"):
-        return os.environ["WANDB_MODE"]
-    return "online" if _has_key() else "offline"
+    """ "auto" as documented in :class:`Tracker`; the others as they are.
+
+    Raises:
+        ConfigError: a mode that does not exist, in the configuration or in WANDB_MODE.
+    """
+    wanted, source = mode, "logger.mode"
+    if mode == "auto":
+        if not os.environ.get("WANDB_MODE"):
+            os.environ.pop("WANDB_MODE", None)  # wandb itself fails on an empty one
+            return "online" if _has_key() else "offline"
+        wanted, source = os.environ["WANDB_MODE"], "WANDB_MODE"
+    if wanted not in ("online", "offline", "disabled"):
+        raise ConfigError(f"{source}={wanted} is not known. Expected online, offline or disabled.")
+    return wanted
 
 
 def _has_key() -> bool:

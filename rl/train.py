@@ -23,7 +23,7 @@ from rl.evaluate import Evaluation, evaluate
 from rl.paths import find_model
 from rl.quiet import quiet
 from rl.recorder import Recorder
-from rl.tracking import Tracker, without_secrets
+from rl.tracking import Tracker, resolve_mode, without_secrets
 from rl.trainer import EntropyTrainer
 
 
@@ -40,6 +40,7 @@ def run(cfg: DictConfig, overrides: Sequence[str], argv: Sequence[str]) -> Path 
     pipeline = build.pipeline(cfg)
     functions, weights = build.rewards(cfg)
     build.decoding(cfg)
+    mode = resolve_mode(cfg.logger.mode)
     args = build.grpo_config(cfg, str(Path(cfg.run.dir) / "unused"), weights)
     set_seed(cfg.seed)
     path = find_model(cfg.model.path)
@@ -61,21 +62,23 @@ def run(cfg: DictConfig, overrides: Sequence[str], argv: Sequence[str]) -> Path 
     public = without_secrets(OmegaConf.to_container(cfg))
     rundir.describe(folder, OmegaConf.to_yaml(OmegaConf.create(public)), overrides, argv, cfg.seed)
     print(f"run       {folder}\n")
-    tracker = Tracker(
-        folder,
-        project=cfg.logger.project,
-        entity=cfg.logger.entity,
-        mode=cfg.logger.mode,
-        name=name,
-        group=cfg.run.group,
-        tags=list(cfg.plugin) or ["grpo"],
-        config=public,
-    )
-    rundir.update_manifest(folder, {"wandb_id": tracker.id})
     args.output_dir = str(folder / "checkpoints")
-    with _recorded_end(folder, tracker):
+    with (
+        _recorded_end(folder),
+        Tracker(
+            folder,
+            project=cfg.logger.project,
+            entity=cfg.logger.entity,
+            mode=mode,
+            name=name,
+            group=cfg.run.group,
+            tags=list(cfg.plugin) or ["grpo"],
+            config=public,
+        ) as tracker,
+    ):
+        rundir.update_manifest(folder, {"wandb_id": tracker.id})
         summary = _train(cfg, folder, tracker, model, tokenizer, problems, functions, pipeline, args, started)
-    _farewell(folder, tracker, summary)
+        _farewell(folder, tracker, summary)
     return folder
 
 
@@ -187,12 +190,11 @@ def _save_samples(path: Path, samples: pd.DataFrame) -> None:
 
 
 @contextmanager
-def _recorded_end(folder: Path, tracker: Tracker):
-    """Whatever happens, the folder says how the run ended and the tracker is closed."""
+def _recorded_end(folder: Path):
+    """Whatever happens, the folder says how the run ended."""
     try:
         yield
     except BaseException as error:
-        tracker.finish({}, failed=True)
         rundir.finish(folder, f"{type(error).__name__}: {error}")
         raise
     rundir.finish(folder)

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from rl.dynamics import Histogram
+from rl.errors import ConfigError
 from rl.tracking import Tracker, resolve_mode, without_secrets
 
 HIST = {"entropy/hist": Histogram([3, 1], [0.0, 0.5, 2.0])}
@@ -63,7 +64,12 @@ def test_mode(monkeypatch, tmp_path):
     monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
     assert resolve_mode("auto") == "online"
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert resolve_mode("auto") == "disabled"
+    assert resolve_mode("auto") == "disabled" and resolve_mode("offline") == "offline"
+    monkeypatch.setenv("WANDB_MODE", "")
+    assert resolve_mode("auto") == "online"
+    monkeypatch.setenv("WANDB_MODE", "on")
+    with pytest.raises(ConfigError, match="WANDB_MODE=on is not known. Expected online"):
+        resolve_mode("auto")
 
 
 def test_a_key_in_netrc_counts(tmp_path):
