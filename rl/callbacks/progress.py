@@ -70,10 +70,10 @@ def _plain(text: str) -> str:
 # metric -> what the table calls it
 ROWS = {
     "greedy": "greedy",
-    "entropy/mean": "mean token entropy (nats)",
-    "entropy/top20_mean": "entropy of the top 20 % tokens (nats)",
-    "distinct": "distinct answers a problem",
-    "len": "completion length (tokens)",
+    "entropy/mean": "mean token entropy, nats",
+    "entropy/top20_mean": "top 20 % token entropy, nats",
+    "distinct": "distinct answers",
+    "len": "completion length, tokens",
     "truncated": "truncated",
 }
 
