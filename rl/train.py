@@ -84,7 +84,7 @@ def run(cfg: DictConfig, overrides: Sequence[str], argv: Sequence[str]) -> Path 
 
 def _train(cfg, folder, tracker, model, tokenizer, problems, functions, pipeline, args, started) -> dict[str, Any]:
     seconds = {"warmstart": 0.0, "train": 0.0, "eval": 0.0}
-    before = _evaluate(cfg, folder, "before", model, tokenizer, problems, seconds) if cfg.eval.before else None
+    before = _evaluate(cfg, folder / "eval", "before", model, tokenizer, problems, seconds) if cfg.eval.before else None
     recorder = Recorder(folder / "rollouts", every=cfg.record.every, max_rows=cfg.record.max_rows)
 
     def samples(step: int, metrics, histograms) -> None:
@@ -114,7 +114,7 @@ def _train(cfg, folder, tracker, model, tokenizer, problems, functions, pipeline
     seconds["train"] = time.perf_counter() - start
     trainer.save_model(str(folder / "checkpoints" / "final"))
     trained = trainer.accelerator.unwrap_model(trainer.model)
-    after = _evaluate(cfg, folder, "after", trained, tokenizer, problems, seconds) if cfg.eval.after else None
+    after = _evaluate(cfg, folder / "eval", "after", trained, tokenizer, problems, seconds) if cfg.eval.after else None
     seconds["total"] = time.perf_counter() - started
     print()
     if before or after:
@@ -135,8 +135,8 @@ def run_eval(target: str | None, cfg: DictConfig, out: str | None) -> Evaluation
     """Evaluate a run folder, a saved model or a hub model on the configuration's held-out problems.
 
     Args:
-        target: what to evaluate, None for ``cfg.model.path``. out: folder for samples.parquet and eval.json, default the run
-            folder's ``eval/``, or nothing when the target is no run folder.
+        target: what to evaluate, None for ``cfg.model.path``. out: folder for the samples (parquet) and metrics (json), default
+            the run folder's ``eval/``, or ``<run.dir>/eval_<target>/`` when the target is no run folder.
     """
     quiet()
     if cfg.engine.threads:
@@ -147,7 +147,8 @@ def run_eval(target: str | None, cfg: DictConfig, out: str | None) -> Evaluation
     model = build.language_model(path, cfg.model)
     seconds = {"eval": 0.0}
     is_run = target is not None and (Path(target) / "manifest.json").is_file()
-    folder = Path(out) if out else Path(target) / "eval" if is_run else None
+    plain = "".join(c if c.isalnum() or c in "-._" else "_" for c in (target or cfg.model.path)).strip("_.")
+    folder = Path(out) if out else Path(target) / "eval" if is_run else Path(cfg.run.dir) / f"eval_{plain}"
     name = f"{cfg.data.name}_t{cfg.eval.temperature:g}_n{cfg.eval.samples}"
     evaluation = _evaluate(cfg, folder, name, model, tokenizer, problems, seconds)
     show_table(
@@ -155,13 +156,12 @@ def run_eval(target: str | None, cfg: DictConfig, out: str | None) -> Evaluation
     )
     tokens = evaluation.samples["tokens"].sum()
     print(f"{len(evaluation.samples)} samples, {tokens / seconds['eval']:,.0f} tokens/s")
-    if folder is not None:
-        rundir.write_json(folder / f"{name}.json", evaluation.metrics)
-        print(f"samples and metrics: {folder / name}.parquet and .json")
+    rundir.write_json(folder / f"{name}.json", evaluation.metrics)
+    print(f"samples and metrics: {folder / name}.parquet and .json")
     return evaluation
 
 
-def _evaluate(cfg, folder: Path | None, name: str, model, tokenizer, problems, seconds: dict[str, float]) -> Evaluation:
+def _evaluate(cfg, folder: Path, name: str, model, tokenizer, problems, seconds: dict[str, float]) -> Evaluation:
     start = time.perf_counter()
     evaluation = evaluate(
         model,
@@ -176,9 +176,7 @@ def _evaluate(cfg, folder: Path | None, name: str, model, tokenizer, problems, s
         seed=cfg.eval.seed,
     )
     seconds["eval"] += time.perf_counter() - start
-    if folder is not None:
-        where = folder / "eval" if (folder / "manifest.json").is_file() else folder
-        _save_samples(where / f"{name}.parquet", evaluation.samples)
+    _save_samples(folder / f"{name}.parquet", evaluation.samples)
     return evaluation
 
 

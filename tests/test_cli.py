@@ -100,6 +100,8 @@ def test_a_run_from_end_to_end(tmp_path, capsys):
     small = ["eval.samples=2", "eval.ks=[1]", "data.heldout.count=4"]
     assert entrl("eval", final, *small, f"--out={tmp_path / 'out'}") == 0
     assert len(list((tmp_path / "out").iterdir())) == 2
+    assert entrl("eval", "builtin:countdown", *small, f"run.dir={tmp_path}") == 0
+    assert len(list((tmp_path / "eval_builtin_countdown").iterdir())) == 2
 
 
 def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(tmp_path):
