@@ -21,6 +21,8 @@ from rl.errors import CheckpointError, ConfigError, EntrlError
 from rl.evaluate import Decoding, check_ks
 from rl.pipeline import Pipeline
 
+_DTYPES = ("auto", "bfloat16", "float16", "float32")
+
 
 @dataclass(frozen=True)
 class Problems:
@@ -66,6 +68,8 @@ def tokenizer(path: str, model: DictConfig) -> PreTrainedTokenizerBase:
 
 def language_model(path: str, model: DictConfig) -> PreTrainedModel:
     """The weights of a model, on the GPU when there is one."""
+    if model.dtype not in _DTYPES:
+        raise ConfigError(f"model.dtype={model.dtype} is not known. Expected one of: {', '.join(_DTYPES)}.")
     dtype = model.dtype if torch.cuda.is_available() else "float32"  # bf16 on a CPU is slow and inexact
     found = _pretrained(
         AutoModelForCausalLM,
@@ -103,6 +107,11 @@ def problems(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, train: bool = 
             raise DataError(f"data.{name} is empty. Expected at least one row.")
         if found is not None and tokenizer.chat_template is None:
             sets[name] = plain_text(found)
+    for key in ("grader", "answer"):
+        if not cfg.data[key]:
+            raise ConfigError(
+                f"data.{key} is not set. Expected a function: data.{key}={{_target_: ..., _partial_: true}}."
+            )
     grader, answer = make("data.grader", cfg.data.grader), make("data.answer", cfg.data.answer)
     return Problems(sets["train"], sets["heldout"].to_list(), Checked("grader", grader), answer)
 

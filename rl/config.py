@@ -163,6 +163,8 @@ def check_trainer_options(trainer: DictConfig) -> None:
             raise ConfigError(f"trainer.{key} is no option of trl.GRPOConfig.{_did_you_mean(str(key), known)}")
         if isinstance(known[key], int | float) and value is not None and not isinstance(value, int | float):
             raise ConfigError(f"trainer.{key}={value} is a {type(value).__name__}. Expected a number or a truth value.")
+        if key in _POSITIVE and not (isinstance(value, int | float) and value > 0):
+            raise ConfigError(f"trainer.{key}={value} does not work. Expected a number above 0.")
         if key in _CHOICES and value not in _CHOICES[key]:
             raise ConfigError(f"trainer.{key}={value} is not known. Expected one of: {', '.join(_CHOICES[key])}.")
         if key in _OURS:
@@ -173,6 +175,16 @@ _CHOICES = {
     "loss_type": ("grpo", "dapo", "bnpo", "dr_grpo", "cispo", "sapo", "luspo", "vespo"),
     "importance_sampling_level": ("token", "sequence"),
 }
+
+_POSITIVE = (
+    "learning_rate",
+    "max_steps",
+    "temperature",
+    "max_completion_length",
+    "epsilon",
+    "num_iterations",
+    "logging_steps",
+)
 
 # TRL options that would double or break what entrl does.
 _OURS = {

@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from rl.errors import RunExistsError
+from rl.errors import ConfigError, RunExistsError
 
 _VERSIONS = (
     "entrl",
@@ -41,8 +41,12 @@ def check_free(directory: Path, name: str, overwrite: bool) -> Path:
     """The folder a run of this name would get.
 
     Raises:
-        RunExistsError: the name is taken and ``overwrite`` is false.
+        RunExistsError: the name is taken and ``overwrite`` is false. ConfigError: it is no name of a folder.
     """
+    if not name or Path(name).name != name:
+        raise ConfigError(
+            f"run.name={name} is no name of a folder. Expected one without / in it; run.dir says where it goes."
+        )
     folder = Path(directory) / name
     if folder.exists() and not overwrite:
         raise RunExistsError(
@@ -63,7 +67,10 @@ def create(directory: Path, name: str, overwrite: bool) -> Path:
         while (aside := folder.with_name(f"{name}.old-{number}")).exists():
             number += 1
         folder.rename(aside)
-    folder.mkdir(parents=True)
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(f"run.dir={directory} cannot be written: {error.strerror}. Give another folder.") from error
     return folder
 
 

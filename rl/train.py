@@ -46,10 +46,14 @@ def run(cfg: DictConfig, overrides: Sequence[str], argv: Sequence[str]) -> Path 
     path = find_model(cfg.model.path)
     tokenizer = build.tokenizer(path, cfg.model)
     problems = build.problems(cfg, tokenizer)
+    if len(problems.train) < algebra.prompts_per_rollout:
+        raise ConfigError(
+            f"data.train has {len(problems.train)} problems, a rollout takes {algebra.prompts_per_rollout} ({algebra}). "
+            "Take more problems, or a smaller trainer.per_device_train_batch_size."
+        )
     build.probe_rewards(functions, problems.train.select([0]).to_list(), algebra.group)
     name = cfg.run.name or rundir.run_name(cfg.model.name, cfg.data.name, list(cfg.plugin), cfg.seed)
-    if cfg.dry_run:
-        rundir.check_free(Path(cfg.run.dir), name, cfg.run.overwrite)
+    rundir.check_free(Path(cfg.run.dir), name, cfg.run.overwrite)
     model = build.language_model(path, cfg.model)
     print(f"model     {cfg.model.path}, {model.num_parameters() / 1e6:.1f} M parameters")
     print(f"data      {cfg.data.name}, {len(problems.train)} training and {len(problems.heldout)} held-out problems")

@@ -257,12 +257,22 @@ def test_a_reward_that_breaks_later_leaves_a_failed_run_that_says_why(tmp_path, 
         (["data.grader._target_=rewards.nothing.fn"], "rewards.nothing.fn cannot be made"),
         (["plugin.fork_mask._target_=rl.plugins.fork_mask.Nope"], "plugin.fork_mask"),
         (["eval.ks=[1,64]"], "eval.samples"),
+        (["data.train.count=31"], "data.train has 31 problems, a rollout takes 32 (256 completions"),
+        (["trainer.max_steps=0"], "trainer.max_steps=0 does not work. Expected a number above 0."),
+        (["trainer.temperature=0"], "trainer.temperature=0"),
+        (["trainer.learning_rate=null"], "trainer.learning_rate=None"),
+        (["plugin.fork_mask.rho=abc"], "plugin.fork_mask.rho=abc is not a fraction"),
+        (["model.dtype=float99"], "model.dtype=float99 is not known"),
+        (["run.name=a/b"], "run.name=a/b is no name of a folder"),
+        (["run.dir=/proc/x"], "run.dir=/proc/x cannot be written"),
+        (["data.answer=null"], "data.answer is not set"),
+        (["logger.mode=foo"], "logger.mode=foo is not known"),
     ],
     ids=str,
 )
 def test_bad_input_gets_one_sentence_and_writes_nothing(tmp_path, capsys, overrides, message):
     overrides = [o.format(tmp=tmp_path) if "{tmp}" in o else o for o in overrides]
-    assert message in fails(capsys, "train", *SMALL[:1], *overrides, f"run.dir={tmp_path}/runs")
+    assert message in fails(capsys, "train", *SMALL[:1], f"run.dir={tmp_path}/runs", *overrides)
     assert not (tmp_path / "runs").exists()
 
 

@@ -16,7 +16,7 @@ def one_of(key: str, value: object, allowed: tuple) -> None:
 
 def fraction(key: str, value: float, hint: str) -> None:
     """Raise ConfigError unless 0 < value <= 1."""
-    if not 0 < value <= 1:
+    if not isinstance(value, int | float) or not 0 < value <= 1:
         raise ConfigError(f"plugin.{key}={value} is not a fraction. Expected 0 < {key.split('.')[-1]} <= 1; {hint}")
 
 
