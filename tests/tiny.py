@@ -64,7 +64,7 @@ def grpo_config(folder, **changes):
 
 def make_trainer(cls, model_folder, run_folder, plugins=None, reward=length_reward, **changes):
     """A stock GRPOTrainer, or an EntropyTrainer with ``plugins``, from the same weights, data and seed."""
-    extra = {"pipeline": Pipeline(plugins or {})} if cls is EntropyTrainer else {}
+    extra = {"pipeline": Pipeline(plugins or {})} if issubclass(cls, EntropyTrainer) else {}
     extra |= changes.pop("extra", {})
     torch.manual_seed(0)
     return cls(

@@ -2,8 +2,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ranks import two_ranks
 
+from ranks import two_ranks
 from rl.contract import Signal
 from rl.dynamics import Dynamics
 from rl.plugins.fork_mask import ForkMask

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from ranks import two_ranks
 
+from ranks import two_ranks
 from rl import reduce
 from rl.reduce import Reduce, count_kept
 

@@ -1,0 +1,80 @@
+"""Run by test_trainer_two_ranks.py: trains on fixed completions, alone or as one of two ranks, and writes what came out.
+
+python tests/two_rank_train.py MODEL OUT      # or through torchrun
+"""
+
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from rl.contract import Signal, TokenBatch
+from rl.pipeline import Pipeline
+from rl.plugins.entropy_band import EntropyBand
+from rl.plugins.fork_mask import ForkMask
+from rl.trainer import EntropyTrainer
+from tiny import make_trainer
+
+
+class FixedRollouts(EntropyTrainer):
+    """Completions are a hash of the prompt and the place in its group: the same on one rank and on two."""
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
+        seen, completions = {}, []
+        for prompt in map(tuple, prompt_ids):
+            place = seen[prompt] = seen.get(prompt, -1) + 1
+            digest = hashlib.sha256(repr((prompt, place)).encode()).digest()
+            completions.append([4 + b % 39 for b in digest[: 3 + digest[0] % 5]] + [2])
+        return completions, None
+
+
+class Weighted:
+    """A statistic of the whole world inside a plug-in."""
+
+    needs, neutral = frozenset(), {}
+
+    def __call__(self, tokens: TokenBatch, signal: Signal) -> Signal:
+        mean = tokens.reduce.mean(tokens.entropy, "world")
+        return signal.scale((tokens.entropy.detach() / mean).clamp(max=2.0).where(tokens.mask, 1.0))
+
+
+def main(model: str, out: str) -> None:
+    torch.set_num_threads(1)
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    lines = []
+    plugins = {
+        "mask": ForkMask(rho=0.4),
+        "rollout": ForkMask(rho=0.8, scope="rollout"),
+        "band": EntropyBand(kl_coef=0.0),
+        "world": Weighted(),
+    }
+    trainer = make_trainer(
+        FixedRollouts,
+        model,
+        f"{out}.checkpoints",
+        extra={
+            "sinks": [lambda step, metrics, histograms: lines.append([metrics, histograms["entropy/hist"].counts])],
+            "answer": lambda text: text,
+            "pipeline": Pipeline(plugins),
+        },
+        per_device_train_batch_size=16 // world,
+        gradient_accumulation_steps=1,
+        max_steps=3,
+        learning_rate=0.1,
+        optim="sgd",  # Adam would turn a gradient of 1e-9 into a full step of either sign
+        **({"ddp_backend": "gloo"} if world > 1 else {}),
+    )
+    trainer.train()
+    if trainer.accelerator.is_main_process:
+        weights = trainer.accelerator.unwrap_model(trainer.model).state_dict()
+        torch.save({k: v.clone() for k, v in weights.items()}, f"{out}.pt")
+        Path(f"{out}.json").write_text(json.dumps(lines))
+    if world > 1:
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
