@@ -65,7 +65,11 @@ class Mean(NamedTuple):
 
 @dataclass(frozen=True)
 class Penalty:
-    """A loss term ``coef * sum(per_token over where) / n`` with n = all trainable tokens, or those in ``where``."""
+    """A loss term ``coef * sum(per_token over where) / n`` with n = all trainable tokens, or those in ``where``.
+
+    Counts are those of this micro-batch on this rank, and micro-batches and ranks are averaged, as TRL does with its entropy
+    bonus; where they are ragged that is not the mean over all tokens.
+    """
 
     name: str
     per_token: Tensor  # carries grad
