@@ -57,7 +57,10 @@ def solved(
 def final_answer(text: str) -> str | None:
     """The solution itself in one spelling, None when it does not parse: what votes and distinct answers are counted on.
 
-    The value reached would say nothing here, since the target stands in the prompt.
+    ``2 + 3`` and ``3 + 2`` are the same answer. The value reached would say nothing here: the target stands in the prompt.
     """
     steps = steps_of(text)
-    return None if steps is None else " ; ".join(f"{a} {op} {b} = {c}" for a, op, b, c in steps)
+    if steps is None:
+        return None
+    ordered = [(a, op, b, c) if op == "-" or a >= b else (b, op, a, c) for a, op, b, c in steps]
+    return " ; ".join(f"{a} {op} {b} = {c}" for a, op, b, c in ordered)

@@ -36,5 +36,6 @@ def test_solved_reads_text_and_chat():
 
 
 def test_final_answer_is_one_spelling_or_none():
-    assert final_answer(" 3 *  7 = 21 ;21 + 2 = 23") == "3 * 7 = 21 ; 21 + 2 = 23"
-    assert final_answer("nonsense") is None
+    assert final_answer(" 3 *  7 = 21 ;21 + 2 = 23") == "7 * 3 = 21 ; 21 + 2 = 23"
+    assert final_answer("2 + 3 = 5 ; 4 * 5 = 20 ; 9 - 2 = 7") == "3 + 2 = 5 ; 5 * 4 = 20 ; 9 - 2 = 7"
+    assert final_answer("2 - 3 = 1") == "2 - 3 = 1" and final_answer("nonsense") is None
