@@ -33,7 +33,9 @@ def test_self_comes_first_so_that_an_experiments_values_win():
     assert compose(["experiment=paper/steer"]).trainer.learning_rate == 1e-6
 
 
-@pytest.mark.parametrize("group", ["model", "data", "reward", "plugin", "peft", "engine", "logger", "eval", "record", "debug"])
+@pytest.mark.parametrize(
+    "group", ["model", "data", "reward", "plugin", "peft", "engine", "logger", "eval", "record", "debug"]
+)
 def test_every_option_of_every_group_composes(group):
     for option in options(group):
         choice = f"{group}=[{option}]" if group in ("reward", "plugin") else f"{group}={option}"
