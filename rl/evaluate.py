@@ -51,6 +51,9 @@ def evaluate(
 ) -> Evaluation:
     """Sample every problem, grade, and summarise. The model, its mode and torch's random state are left as they were.
 
+    Samples are the policy's own: generation defaults that a model brings (a repetition penalty, say) do not apply, and a
+    completion ends where training ends it, at any end of text that the tokenizer or the model declares.
+
     Metrics: ``pass@k`` (unbiased) and ``maj@k`` for each k, ``avg@<samples>``, ``greedy``, ``pass@k/low|high`` (95 %
     bootstrap over problems), ``entropy/mean|p50|p80|p95|top20_mean`` (nats, over all tokens of the sampled completions, at
     the decoding temperature), ``len`` (tokens), ``truncated`` (share without end of text), ``distinct`` (different answers a
@@ -88,55 +91,66 @@ def _greedy(decoding: Decoding) -> Decoding:
 @contextmanager
 def _undisturbed(model: PreTrainedModel, seed: int) -> Iterator[None]:
     training = model.training
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    defaults = base.generation_config
     devices = [model.device] if model.device.type == "cuda" else []
     model.eval()
+    # generate() fills what a given GenerationConfig leaves open from the model's own, which hub models use (transformers 5.23)
+    base.generation_config = GenerationConfig(eos_token_id=defaults.eos_token_id)
     try:
         with torch.random.fork_rng(devices=devices), torch.no_grad():
             torch.manual_seed(seed)
             yield
     finally:
+        base.generation_config = defaults
         model.train(training)
 
 
 def _draw(model, tokenizer, rows, decoding: Decoding, samples: int) -> pd.DataFrame:
     """One row a sample, ordered by problem; problems of similar prompt length are sampled together."""
     prompts = [prompt_ids(tokenizer, row["prompt"]) for row in rows]
-    per_batch = max(1, decoding.batch_size // samples)
+    per_batch, at_once = max(1, decoding.batch_size // samples), min(samples, decoding.batch_size)
     order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
     records = []
     for start in range(0, len(order), per_batch):
-        chosen = order[start : start + per_batch]
-        records += _draw_batch(model, tokenizer, [(i, prompts[i]) for i in chosen], decoding, samples)
+        chosen = [(i, prompts[i]) for i in order[start : start + per_batch]]
+        for first in range(0, samples, at_once):
+            numbers = range(first, min(first + at_once, samples))
+            records += _draw_batch(model, tokenizer, chosen, decoding, numbers)
     return pd.DataFrame(records).sort_values(["problem", "sample"], ignore_index=True)
 
 
-def _draw_batch(model, tokenizer, problems, decoding: Decoding, samples: int) -> list[dict]:
+def _draw_batch(model, tokenizer, problems, decoding: Decoding, numbers: range) -> list[dict]:
+    """``numbers`` are those of the samples to draw of each problem."""
     width = max(len(ids) for _, ids in problems)
-    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    pad, ends = tokenizer.pad_token_id, _end_ids(model, tokenizer)
     ids = torch.full((len(problems), width), pad)
     attention = torch.zeros_like(ids)
     for row, (_, prompt) in enumerate(problems):
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         attention[row, width - len(prompt) :] = 1
-    ids, attention = (x.repeat_interleave(samples, 0).to(model.device) for x in (ids, attention))
+    ids, attention = (x.repeat_interleave(len(numbers), 0).to(model.device) for x in (ids, attention))
     sampling = (
         {"do_sample": True, "temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": decoding.top_k}
         if decoding.temperature > 0
         else {"do_sample": False}
     )
-    config = GenerationConfig(max_new_tokens=decoding.max_new_tokens, pad_token_id=pad, eos_token_id=eos, **sampling)
+    config = GenerationConfig(
+        max_new_tokens=decoding.max_new_tokens, pad_token_id=pad, eos_token_id=ends or None, **sampling
+    )
     full = model.generate(input_ids=ids, attention_mask=attention, generation_config=config)
     new = full[:, width:]
-    ended = (new == eos).cumsum(-1)
-    valid = (ended == 0) | ((new == eos) & (ended == 1))  # up to and including the first end of text
+    end = torch.isin(new, torch.tensor(ends, dtype=new.dtype, device=new.device))
+    ended = end.cumsum(-1)
+    valid = (ended == 0) | (end & (ended == 1))  # up to and including the first end of text
     entropy = score(
         model, full, torch.cat([attention, valid.long()], 1), new.shape[1], decoding.temperature or 1.0
     ).entropy
     texts = tokenizer.batch_decode([row[m] for row, m in zip(new, valid, strict=True)], skip_special_tokens=True)
     return [
         {
-            "problem": problems[i // samples][0],
-            "sample": i % samples,
+            "problem": problems[i // len(numbers)][0],
+            "sample": numbers[i % len(numbers)],
             "completion": texts[i],
             "tokens": int(valid[i].sum()),
             "truncated": bool(ended[i, -1] == 0),
@@ -145,6 +159,14 @@ def _draw_batch(model, tokenizer, problems, decoding: Decoding, samples: int) ->
         }
         for i in range(len(new))
     ]
+
+
+def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What ends a completion: the tokenizer's end of text and every one the model declares, as in TRL's training."""
+    declared = model.generation_config.eos_token_id
+    if not isinstance(declared, list):
+        declared = [declared]
+    return sorted({i for i in (tokenizer.eos_token_id, *declared) if i is not None})
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict]) -> list[int]:

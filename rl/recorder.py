@@ -78,5 +78,7 @@ class Recorder:
 
     def sample(self, count: int) -> list[dict]:
         """A few rows of the last recorded step, best and worst reward first, for people to read."""
-        rows = sorted(self._rows, key=lambda row: (row["reward"], row["group"]))
-        return rows[-((count + 1) // 2) :][::-1] + rows[: count // 2]
+        rows = sorted(self._rows, key=lambda row: (-row["reward"], -row["group"]))
+        count = min(count, len(rows))
+        best = (count + 1) // 2
+        return rows[:best] + rows[len(rows) - (count - best) :][::-1]

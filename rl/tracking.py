@@ -6,6 +6,7 @@ import json
 import math
 import netrc
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -16,8 +17,7 @@ from rl.errors import ConfigError
 
 Mode = Literal["auto", "online", "offline", "disabled"]
 
-_SECRET_WORDS = ("api_key", "apikey", "token", "password", "secret")
-_PUBLIC = ("tokens", "tokenizer", "token_")  # max_completion_tokens and the like are no secrets
+_SECRET_WORDS = ("api_key", "apikey", "access_key", "private_key", "password", "passwd", "secret", "credential")
 
 
 class Tracker:
@@ -99,7 +99,7 @@ class Tracker:
             return None
         if self._run.settings.mode == "online":
             return self._run.url
-        return f"wandb sync {Path(self._run.dir).parent}"
+        return f"wandb sync {shlex.quote(str(Path(self._run.dir).parent))}"
 
 
 def resolve_mode(mode: Mode) -> Mode:
@@ -160,10 +160,12 @@ def without_secrets(config: Mapping[str, Any]) -> dict[str, Any]:
 
     def secret(key: str) -> bool:
         key = key.lower()
-        return any(word in key for word in _SECRET_WORDS) and not any(word in key for word in _PUBLIC)
+        # hub_token is a secret, max_completion_tokens, tokenizer and token_level are not
+        return any(word in key for word in _SECRET_WORDS) or key.endswith("token")
 
-    return {
-        key: without_secrets(value) if isinstance(value, Mapping) else value
-        for key, value in config.items()
-        if not secret(str(key))
-    }
+    def clean(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return without_secrets(value)
+        return [clean(item) for item in value] if isinstance(value, list) else value
+
+    return {key: clean(value) for key, value in config.items() if not secret(str(key))}

@@ -57,14 +57,14 @@ def show_sample(step: int, rows: Sequence[Mapping]) -> None:
         table.add_column(column, overflow="ellipsis", no_wrap=True, max_width=60)
     for row in rows:
         entropy = sum(row["entropy"]) / max(1, len(row["entropy"]))
-        # a completion is the model's text: no markup in it may be interpreted
+        # a completion is the model's text: no markup, emoji name or control character in it may be interpreted
         table.add_row(f"{row['reward']:.2f}", f"{entropy:.2f}", _plain(row["prompt"]), _plain(row["completion"]))
     print()
-    Console(highlight=False, markup=False).print(table)
+    Console(highlight=False, markup=False, emoji=False).print(table)
 
 
 def _plain(text: str) -> str:
-    return " ".join(text.split())
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 # metric -> what the table calls it
@@ -91,7 +91,7 @@ def show_table(before: Mapping[str, float] | None, after: Mapping[str, float] | 
         if name in have:
             cells = [f"{values[name]:.3f}{_interval(values, name)}" for _, values in columns]
             table.add_row(ROWS.get(name, name), *cells)
-    Console(highlight=False).print(table)
+    Console(highlight=False, markup=False, emoji=False).print(table)
 
 
 def _interval(values: Mapping[str, float], name: str) -> str:

@@ -1,3 +1,5 @@
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
@@ -63,6 +65,66 @@ def test_entropies_are_those_of_the_policy_at_the_sampling_temperature(model):
     full = torch.tensor([ids + new])
     alone = score(model, full, torch.ones_like(full), len(new), 0.7).entropy[0].tolist()
     assert row["token_entropy"][: len(new)] == pytest.approx(alone, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name, value", [("repetition_penalty", 3.0), ("no_repeat_ngram_size", 1), ("min_new_tokens", 8), ("min_p", 0.5)]
+)
+def test_a_models_own_generation_defaults_do_not_change_what_is_sampled(model, monkeypatch, name, value):
+    """Hub models bring such defaults; with them the samples would not be those of the policy that is scored."""
+    plain = run(model)
+    monkeypatch.setattr(model.generation_config, name, value)
+    assert run(model).samples["completion"].tolist() == plain.samples["completion"].tolist()
+    assert getattr(model.generation_config, name) == value  # and the model keeps them
+
+
+def test_adapters_are_sampled_without_the_models_defaults_too(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    model = AutoModelForCausalLM.from_pretrained(save_model(tmp_path))
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))  # starts as the identity
+    plain = run(adapted).samples["completion"].tolist()
+    model.generation_config.repetition_penalty = 3.0
+    assert run(adapted).samples["completion"].tolist() == plain
+    assert adapted.generation_config.repetition_penalty == model.generation_config.repetition_penalty == 3.0
+
+
+def test_every_end_the_model_declares_ends_a_completion_as_in_training(model, monkeypatch):
+    words = Counter(" ".join(run(model).samples["completion"]).split())
+    word = words.most_common(1)[0][0]
+    other = TOKENIZER.convert_tokens_to_ids(word)
+    monkeypatch.setattr(model.generation_config, "eos_token_id", [TOKENIZER.eos_token_id, other])
+    frame = run(model).samples
+    texts = [text.split() for text in frame["completion"]]
+    assert any(word in text for text in texts)
+    for text, row in zip(texts, frame.itertuples(), strict=True):
+        if word in text:
+            assert text.index(word) == len(text) - 1 and not row.truncated
+            assert len(row.token_entropy) == row.tokens
+
+
+def test_without_any_end_of_text_every_completion_is_truncated(model, monkeypatch):
+    tokenizer = countdown.tokenizer()
+    tokenizer.eos_token = None
+    monkeypatch.setattr(model.generation_config, "eos_token_id", None)
+    decoding = Decoding(max_new_tokens=4, batch_size=8)
+    frame = evaluate(model, tokenizer, ROWS, solved, final_answer, decoding, samples=2, ks=(1,)).samples
+    assert frame["truncated"].all() and (frame["tokens"] == 4).all()
+
+
+@pytest.mark.parametrize("samples, batch_size, largest", [(4, 8, 8), (5, 8, 5), (20, 8, 8)])
+def test_no_batch_is_larger_than_asked(model, monkeypatch, samples, batch_size, largest):
+    sizes, generate = [], model.generate
+
+    def spy(**kwargs):
+        sizes.append(len(kwargs["input_ids"]))
+        return generate(**kwargs)
+
+    monkeypatch.setattr(model, "generate", spy)
+    decoding = Decoding(max_new_tokens=4, batch_size=batch_size)
+    frame = run(model, decoding=decoding, samples=samples, ks=(1,), greedy=False).samples
+    assert max(sizes) == largest and sum(sizes) == samples * len(ROWS)
+    assert frame.groupby("problem")["sample"].apply(list).tolist() == [list(range(samples))] * len(ROWS)
 
 
 def test_truncation_and_end_of_text(model):

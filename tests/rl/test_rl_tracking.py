@@ -1,7 +1,9 @@
 import json
 import math
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -99,3 +101,25 @@ def test_an_unreachable_server_falls_back_to_offline(tmp_path, monkeypatch, caps
 def test_secrets_are_left_out_at_any_depth_and_token_counts_are_not():
     config = {"a": {"api_key": "x", "max_new_tokens": 3, "hub_token": "y"}, "password": "z", "tokenizer": "t"}
     assert without_secrets(config) == {"a": {"max_new_tokens": 3}, "tokenizer": "t"}
+
+
+@pytest.mark.parametrize(
+    "key", ["token_secret", "tokenizer_password", "access_key", "PRIVATE_KEY", "passwd", "credentials", "authtoken"]
+)
+def test_a_secret_is_left_out_whatever_else_its_name_says(key):
+    assert without_secrets({key: "x", "a": [{key: "x", "b": 1}]}) == {"a": [{"b": 1}]}
+
+
+@pytest.mark.parametrize("key", ["answer_key", "max_tokens", "token_level", "tokenizer_name"])
+def test_what_is_no_secret_stays(key):
+    """The run folder's config.yaml goes the same way and is read back."""
+    assert without_secrets({key: 1}) == {key: 1}
+
+
+def test_the_sync_command_can_be_pasted(tmp_path):
+    folder = tmp_path / "my runs"
+    folder.mkdir()
+    t = tracker(folder, "offline")
+    words = shlex.split(t.where)
+    t.finish({})
+    assert words[:2] == ["wandb", "sync"] and len(words) == 3 and Path(words[2]).is_dir()
