@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from rl.errors import ConfigError
 from rl.estimators import bootstrap_interval, maj_at_k, pass_at_k
-from rl.head import score
+from rl.scoring import score
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rl.contract import NEEDS, Mean, RunFacts, Signal, TokenBatch, TokenPlugin
 from rl.errors import ConfigError
@@ -36,6 +37,27 @@ class Pipeline:
             after = plugin(tokens, replace(signal, metrics={}))
             signal = _named(name, tokens, signal, after)
         return signal
+
+    def check_gradients(self, signal: Signal, alive: Tensor | None = None) -> None:
+        """Refuse a signal some of whose gradient would be lost, because a plug-in does not say what it needs.
+
+        Args:
+            alive: broadcastable to (B, T), False for completions that got no forward with gradient; None if all did.
+
+        Raises:
+            ConfigError: says what to add to the needs.
+        """
+        for penalty in signal.penalties:
+            if penalty.coef and not penalty.per_token.requires_grad:
+                raise ConfigError(
+                    f"plugin.{penalty.name} penalises something that carries no gradient. Add what it is made of to the "
+                    'needs of the plug-in: "logp.grad", "entropy.grad" or "full_kl".'
+                )
+        if alive is not None and self.plugins and bool(((signal.effective != 0) & ~alive).any()):
+            raise ConfigError(
+                f"plugin={list(self.plugins)}: one of them gives gradient to completions whose advantage is 0, which the "
+                'trainer leaves out. Add "zero_advantage" to its needs.'
+            )
 
     def check(self, run: RunFacts) -> list[str]:
         """Advice of the plug-ins about this run, one sentence each."""

@@ -18,6 +18,7 @@ Scope = Literal["response", "micro", "world", "rollout"]
 SCOPES: tuple[Scope, ...] = ("response", "micro", "world", "rollout")
 
 _QUANTILE_LIMIT = 2**24  # torch.quantile refuses more elements
+_RADIX = 11  # bits of a digit in radix selection
 
 
 def world_size() -> int:
@@ -49,16 +50,50 @@ def gather(values: Tensor) -> tuple[Tensor, slice]:
     return torch.cat([p[:n] for p, n in zip(parts, lengths, strict=True)]), slice(start, start + values.numel())
 
 
-def quantile(values: Tensor, q: float) -> Tensor:
-    """The linearly interpolated ``q``-quantile of 1-D ``values``, of any length; NaN when there are none."""
-    if values.numel() == 0:
+def select(values: Tensor, k: int, everywhere: bool) -> Tensor:
+    """The ``k``-th smallest (from 0) of 1-D ``values``, of all ranks' values if ``everywhere``: exact, any number of them.
+
+    Radix selection on the ordered bits: one all-reduced histogram of 2048 bins for every 11 bits, whatever the number of tokens.
+    """
+    bits = torch.finfo(values.dtype).bits
+    raw = values.detach().contiguous().view(torch.int32 if bits == 32 else torch.int64).long()
+    keys = torch.where(raw < 0, raw ^ ((1 << (bits - 1)) - 1), raw)  # now ordered as the numbers are
+    found, shift = 0, bits
+    while shift:
+        width = min(_RADIX, shift)
+        shift -= width
+        offset = 1 << (width - 1) if shift + width == bits else 0  # the first digit carries the sign
+        digit = (keys >> shift) & ((1 << width) - 1) if not offset else (keys >> shift) + offset
+        counts = torch.bincount(digit, minlength=1 << width)
+        below = (all_sum(counts) if everywhere else counts).cumsum(0)
+        bucket = int(torch.searchsorted(below, k, right=True))
+        k -= int(below[bucket - 1]) if bucket else 0
+        keys = keys[digit == bucket]
+        found = (found << width) + bucket - offset
+    raw = found ^ ((1 << (bits - 1)) - 1) if found < 0 else found
+    return torch.tensor(raw, device=values.device).to(torch.int32 if bits == 32 else torch.int64).view(values.dtype)
+
+
+def quantile(values: Tensor, q: float, everywhere: bool = False) -> Tensor:
+    """The linearly interpolated ``q``-quantile of 1-D ``values``, of all ranks' if ``everywhere``; NaN when there are none."""
+    everywhere = everywhere and world_size() > 1
+    n = _total(values, everywhere)
+    if n == 0:
         return values.new_full((), math.nan)
-    if values.numel() <= _QUANTILE_LIMIT:
+    if not everywhere and n <= _QUANTILE_LIMIT:
         return torch.quantile(values, q)
-    position = q * (values.numel() - 1)
+    # in the dtype of the values, as torch.quantile has it, while that dtype still counts one by one
+    dtype = values.dtype if n <= _QUANTILE_LIMIT else torch.float64
+    position = torch.tensor(q, dtype=dtype) * (n - 1)
     low = int(position)
-    ordered = values.sort().values
-    return torch.lerp(ordered[low], ordered[min(low + 1, values.numel() - 1)], position - low)
+    lower = select(values, low, everywhere)
+    upper = select(values, min(low + 1, n - 1), everywhere)
+    return torch.lerp(lower, upper, (position - low).to(values))
+
+
+def _total(values: Tensor, everywhere: bool) -> int:
+    n = torch.tensor(values.numel(), device=values.device)
+    return int(all_sum(n) if everywhere else n)
 
 
 def count_kept(n: Tensor | int, fraction: float) -> Tensor:
@@ -76,7 +111,8 @@ class Reduce:
     """Statistics of (B, T) tensors over the tokens in ``mask``.
 
     Results are scalars, or (B, 1) for ``scope="response"``, so that they broadcast against (B, T). ``rollout=`` takes the
-    recorded values of the whole rollout (``tokens.rollout_entropy``), which ``scope="rollout"`` needs.
+    this rank's recorded values of the whole rollout (``tokens.rollout_entropy``), which ``scope="rollout"`` needs. Thresholds of
+    ``world`` and ``rollout`` are exact, and cost the same communication however many tokens there are.
     """
 
     mask: Tensor
@@ -125,7 +161,8 @@ class Reduce:
             if rows.numel() <= _QUANTILE_LIMIT:
                 return torch.nanquantile(rows, q, dim=-1, keepdim=True)
             return torch.stack([quantile(r[m], q) for r, m in zip(rows, self.mask, strict=True)])[:, None]
-        return quantile(self._pool(x, scope, rollout)[0], q)
+        values, everywhere = self._pool(x, scope, rollout)
+        return quantile(values, q, everywhere)
 
     def topk(self, x: Tensor, fraction: float, scope: Scope, rollout: Tensor | None = None) -> Tensor:
         """(B, T) bool: the ``count_kept(n, fraction)`` largest tokens of the scope, the earlier one first among ties.
@@ -137,25 +174,30 @@ class Reduce:
             order = x.masked_fill(~self.mask, -math.inf).argsort(dim=-1, descending=True, stable=True)
             place = torch.empty_like(order).scatter_(-1, order, torch.arange(x.shape[1], device=x.device).expand_as(x))
             return (place < count_kept(self.mask.sum(-1, keepdim=True), fraction)) & self.mask
-        pool, own = self._pool(x, scope, rollout)
-        k = int(count_kept(pool.numel(), fraction))
+        values, everywhere = self._pool(x, scope, rollout)
+        n = _total(values, everywhere)
+        k = int(count_kept(n, fraction))
         if k == 0:
             return torch.zeros_like(self.mask)
+        last = select(values, n - k, everywhere)
         if scope == "rollout":
-            return (x >= pool.topk(k).values[-1]) & self.mask
-        chosen = torch.zeros_like(pool, dtype=torch.bool)
-        chosen[pool.argsort(descending=True, stable=True)[:k]] = True
-        return torch.zeros_like(self.mask).masked_scatter(self.mask, chosen[own])
+            return (x >= last) & self.mask
+        kept = values > last
+        ties = (values == last).nonzero().squeeze(1)
+        missing = k - _total(values[kept], everywhere)
+        if everywhere:  # ranks come in order
+            counts, own = gather(torch.tensor([ties.numel()], device=ties.device))
+            missing -= int(counts[: own.start].sum())
+        kept[ties[: max(missing, 0)]] = True
+        return torch.zeros_like(self.mask).masked_scatter(self.mask, kept)
 
-    def _pool(self, x: Tensor, scope: Scope, rollout: Tensor | None) -> tuple[Tensor, slice]:
-        local = x[self.mask]
-        if scope == "micro":
-            return local, slice(0, local.numel())
-        if scope == "world":
-            return gather(local)
+    def _pool(self, x: Tensor, scope: Scope, rollout: Tensor | None) -> tuple[Tensor, bool]:
+        """This rank's values of the scope, and whether the other ranks' belong to it."""
+        if scope != "rollout":
+            return x[self.mask], scope == "world" and world_size() > 1
         if rollout is None:
             raise _no_rollout("quantile")
-        return _real(rollout), slice(0, 0)
+        return _real(rollout), world_size() > 1
 
 
 def _real(x: Tensor) -> Tensor:

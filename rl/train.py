@@ -126,7 +126,7 @@ def _train(cfg, folder, tracker, model, tokenizer, problems, functions, pipeline
     summary = {
         "eval": {k: e.metrics for k, e in (("before", before), ("after", after)) if e is not None},
         "seconds": seconds,
-        "tokens_per_second": trainer.tokens_per_second(),
+        "tokens_per_second": trainer.meter.tokens_per_second(),
         "plugins": list(cfg.plugin),
         "seed": cfg.seed,
         "steps": trainer.state.global_step,

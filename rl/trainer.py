@@ -3,13 +3,16 @@
 TRL reads ``inputs["advantages"]`` after its forward and accepts (B, T), so plug-ins act by handing it shaped advantages:
 for w >= 0, ``w min(r A, clip(r) A) = min(r w A, clip(r) w A)``. Penalties are added to the loss afterwards. The KL term and
 every denominator stay TRL's.
+
+Where the rollout's own values are recorded and nothing but advantages decides about gradient, the plug-ins run before the
+forward, and the forward sees only what can get gradient (``rl.sparsity``).
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -19,14 +22,16 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
+from rl.callbacks.phase import StepPhase
 from rl.contract import Mean, RunFacts, Signal, TokenBatch
 from rl.dynamics import Dynamics, Histogram
-from rl.head import HiddenTap, Reference, full_kl, ranks, refuse_logit_transforms
+from rl.meter import Meter
 from rl.pipeline import Pipeline
 from rl.recorder import Recorder
-from rl.reduce import all_sum, gather
+from rl.scoring import HiddenTap, Recorded, Reference, WithRank, add_scoring, base_of, refuse_logit_transforms
 from rl.seam import check_seam
 from rl.series import rename
+from rl.sparsity import Cut, Savings, Trim, by_length, expected_gradient, lengths_of, rows_in, score_live
 
 Sink = Callable[[int, dict[str, float], dict[str, Histogram]], None]
 
@@ -34,13 +39,15 @@ Sink = Callable[[int, dict[str, float], dict[str, Histogram]], None]
 class EntropyTrainer(GRPOTrainer):
     """``trl.GRPOTrainer`` whose advantages and loss pass through a pipeline of plug-ins.
 
-    With no plug-in it is TRL to the last bit. Tested over all eight loss types, on- and off-policy, with and without KL.
+    With no plug-in its gradients are TRL's up to rounding. Tested over all eight loss types, on- and off-policy, with and
+    without KL.
 
     Args:
         model, reward_funcs, args, train_dataset, processing_class, peft_config, callbacks: as for TRL.
         pipeline: the plug-ins. dynamics: accumulates the entropy series. recorder: writes sampled rollouts, or None.
         sinks: called as ``sink(step, metrics, histograms)`` on the main process at every log.
         answer: completion text -> canonical answer, for the number of distinct answers per group; None leaves it out.
+        sampler: draws the completions instead of TRL and records as it goes (``rl.rollout``); None for TRL's generation.
 
     Raises:
         SeamError: an untested TRL. ConfigError: a plug-in needs what this model cannot give.
@@ -59,6 +66,7 @@ class EntropyTrainer(GRPOTrainer):
         recorder: Recorder | None = None,
         sinks: Sequence[Sink] = (),
         answer: Callable[[str], str | None] | None = None,
+        sampler: Callable[[list, GRPOTrainer], tuple[dict[str, Any], Recorded]] | None = None,
         peft_config: Any = None,
         callbacks: list[TrainerCallback] | None = None,
     ):
@@ -71,25 +79,80 @@ class EntropyTrainer(GRPOTrainer):
             processing_class=processing_class,
             peft_config=peft_config,
             callbacks=callbacks,
+            rollout_func=self._sample if sampler is not None else None,
         )
         self.pipeline, self.dynamics, self.recorder = pipeline, dynamics or Dynamics(None), recorder
-        self.sinks, self.answer = list(sinks), answer
+        self.sinks, self.answer, self.sampler = list(sinks), answer, sampler
+        self.meter = Meter(self.accelerator.device)
         self._open: dict | None = None  # the inputs of the loss under way
         self._signal: Signal | None = None
-        self._rollout_passes: list[tuple[Tensor, Tensor]] | None = None  # (logps, entropies) computed at the rollout
+        self._passes: list[Recorded] | None = None  # computed at the rollout under way
+        self._sampled: Recorded | None = None  # recorded by the sampler
         self._rewards: Tensor | None = None  # (completions of all ranks, reward functions)
         self._rollout_entropy: Tensor | None = None
-        self._means: dict[str, Mean] = {}
-        self._clock = {"rollout": 0.0, "since": time.perf_counter(), "tokens": 0.0}
-        self._totals = [0.0, 0.0, 0.0]  # tokens, rollout seconds, wall seconds
+        self._rollout_step = -1  # optimizer steps done at the last rollout
+        self._window: tuple[int, list[dict]] = (0, [])  # first micro-step, micro-batches of one optimizer step
+        needs = pipeline.needs
+        self.savings = Savings.of(args, needs, self._entropy_bonus_enabled, self.aux_loss_enabled)
+        self.trim = Trim.of(self.model.config.get_text_config(), args.pad_to_multiple_of)
+        for scored in (self.model, self.ref_model):
+            if scored is not None:
+                base = base_of(self.accelerator.unwrap_model(scored))
+                add_scoring(base, self.temperature, args.cast_lm_head_to_fp32)
         self._tap = self._ref = None
-        if "full_kl" in pipeline.needs:
+        if "full_kl" in needs:
             refuse_logit_transforms(self.model.config, "plugin.entropy_band")
-            self._ref = Reference(self.model, self.accelerator.device)
-        if pipeline.needs & {"rank", "full_kl"}:
+            self._ref = Reference(self.model, self.accelerator.device, self.temperature)
             self._tap = HiddenTap(self.model)
-        self.add_callback(_StepPhase(self))
+        self.add_callback(StepPhase(self))
         self.remove_callback(PrinterCallback)  # the sinks say it once, and under entrl's names
+
+    # ---- the micro-batches of an optimizer step -----------------------------------------------------------------------
+
+    def _prepare_inputs(self, generation_batch):
+        inputs = super()._prepare_inputs(generation_batch)
+        if not self.model.training:
+            return inputs
+        first, batches = self._window
+        if not first <= self._step < first + len(batches):
+            first, batches = self._window = self._step, self._next_window()
+        return batches[self._step - first]
+
+    def _next_window(self) -> list[dict]:
+        """The micro-batches up to the next update, as far as they come from one rollout."""
+        per_rollout, per_update = self.args.steps_per_generation, self.current_gradient_accumulation_steps
+        at, size = self._step % per_rollout, min(per_rollout, per_update)
+        whole = per_update == self.args.gradient_accumulation_steps and max(per_rollout, per_update) % size == 0
+        size = size if whole and at % size == 0 else 1
+        batches = [dict(batch) for batch in self._buffered_inputs[at : at + size]]
+        fresh = self.state.global_step == self._rollout_step
+        ahead = self.savings.tokens if fresh else self.savings.stale
+        ahead = ahead and all(self._recorded(batch) and "num_images" not in batch for batch in batches)
+        if ahead:
+            for batch in batches:
+                self._run_ahead(batch)
+        order = self.savings.order_ahead if ahead else self.savings.order
+        if size > 1 and order and "num_images" not in batches[0]:
+            batches = by_length(batches, [lengths_of(batch, self._scored(batch)) for batch in batches])
+        return batches
+
+    def _recorded(self, inputs: dict) -> bool:
+        rank = "rank" not in self.pipeline.needs or "old_rank" in inputs
+        return rank and "old_logp" in inputs and "old_entropy" in inputs
+
+    def _run_ahead(self, inputs: dict) -> None:
+        """The plug-ins on what the rollout recorded, which leaves their effective advantages in ``inputs``."""
+        rank = inputs["old_rank"] if "rank" in self.pipeline.needs else None
+        tokens = self._token_batch(inputs, inputs["old_logp"], inputs["old_entropy"], rank, None)
+        signal = self._run_plugins(inputs, tokens)
+        self.pipeline.check_gradients(signal)
+        inputs["effective"] = signal.effective
+
+    def _scored(self, inputs: dict) -> Tensor:
+        """(B, T) tokens whose logits the loss computes."""
+        if "effective" in inputs:
+            return self._loss_mask(inputs).bool() & (inputs["effective"] != 0)
+        return inputs["completion_mask"].bool()
 
     # ---- the loss ---------------------------------------------------------------------------------------------------
 
@@ -101,62 +164,75 @@ class EntropyTrainer(GRPOTrainer):
             tokens_mask, self._open = self._loss_mask(inputs), None
         signal, self._signal = self._signal, None
         accumulation = self.current_gradient_accumulation_steps if self.model.training else 1
-        for penalty in signal.penalties:
+        for penalty in signal.penalties if signal is not None else ():
             loss = loss + penalty.coef * (penalty.mean(tokens_mask) / accumulation)
         return loss
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
-        """TRL's forward; inside a loss the plug-ins run on its result, at a rollout its entropies are kept too."""
+        """TRL's forward; inside a loss the plug-ins run on its result, at a rollout its values are kept too."""
         # *args, **kwargs: TRL's own further parameters, handed on untouched; their list changes with every release.
-        at_rollout = self._open is None and self._rollout_passes is not None and model is self.model
-        if at_rollout:
-            kwargs["compute_entropy"] = True  # costs nothing: the policy's head computes it anyway
-        with self._tap or nullcontext():
-            out = super()._get_per_token_logps_and_entropies(
-                model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
-            )
-        if self._open is not None:
-            self._run_plugins(input_ids, attention_mask, out[0], out[1])
-        elif at_rollout:
-            self._rollout_passes.append(out[:2])
-        return out
+        inputs = self._open
+        images = any(value is not None for name, value in kwargs.items() if not name.startswith(("compute", "batch")))
+        if inputs is not None and "effective" in inputs:
+            return self._forward_ahead(model, inputs, input_ids, attention_mask)
+        if inputs is not None and self.savings.rows and self.model.training and not images:
+            advantages, scored = _per_token(inputs["advantages"]), self._scored(inputs)
+            with self.accelerator.autocast():
+                live = rows_in(scored & (advantages != 0))
+                with_rank = "rank" in self.pipeline.needs
+                found = score_live(model, input_ids, attention_mask, scored, live, self.trim, with_rank)
+            out = None
+        else:
+            at_rollout = inputs is None and self._passes is not None and model is self.model
+            if at_rollout:
+                kwargs["compute_entropy"] = True  # costs nothing: the policy's head computes it anyway
+            scorer = WithRank(model, "rank" in self.pipeline.needs and (at_rollout or inputs is not None))
+            with self._tap if inputs is not None and self._tap is not None else nullcontext():
+                out = super()._get_per_token_logps_and_entropies(
+                    scorer, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+                )
+            found = Recorded(out[0], out[1], scorer.rank(logits_to_keep))
+            if at_rollout:
+                self._passes.append(found)
+        if inputs is not None:
+            mask = self._loss_mask(inputs).bool()
+            kl = self._ref.full_kl(self._tap, input_ids, attention_mask, mask) if self._tap is not None else None
+            logp = found.logp if "logp.grad" in self.pipeline.needs else found.logp.detach()
+            entropy = found.entropy if "entropy.grad" in self.pipeline.needs else found.entropy.detach()
+            tokens = self._token_batch(inputs, logp, entropy, found.rank, kl)
+            self._signal = self._run_plugins(inputs, tokens)
+            if self.model.training:
+                alive = _per_token(inputs["advantages"]) != 0 if self.savings.rows else None
+                self.pipeline.check_gradients(self._signal, alive)
+            self._count(inputs, found.logp, tokens.mask, self._signal.effective != 0)
+            if self.pipeline.plugins:
+                inputs["advantages"] = self._signal.effective
+        return out or (found.logp, found.entropy, None)
 
-    def _run_plugins(self, input_ids: Tensor, attention_mask: Tensor, logps: Tensor, entropies: Tensor) -> None:
-        tokens = self._token_batch(input_ids, attention_mask, logps, entropies)
-        self._signal = self.pipeline(tokens)
-        if self.pipeline.plugins:
-            self._open["advantages"] = self._signal.effective
-        if not self.model.training:
-            return
-        self._add(self._signal.metrics)
-        self._add(self._clip_means(tokens, self._signal))
-        self.dynamics.observe(tokens, self._signal, self._lr())
-        if self.recorder is not None and self.recorder.due(self.state.global_step + 1):
-            self._record(tokens)
+    def _forward_ahead(self, model, inputs, input_ids, attention) -> tuple[Tensor, Tensor, None]:
+        """Scores the tokens with an effective advantage; for all others what the rollout recorded stands."""
+        mask, scored = self._loss_mask(inputs).bool(), self._scored(inputs)
+        cut = Cut.of(input_ids, attention, scored, rows_in(scored), self.trim)
+        with self.accelerator.autocast():
+            found = cut.score(model, hint=expected_gradient(self.args, inputs, mask, inputs["effective"]))
+        logp = torch.where(scored, found.logp, inputs["old_logp"])
+        entropy = torch.where(scored, found.entropy.detach(), inputs["old_entropy"])
+        self._count(inputs, logp, scored, scored)
+        inputs["advantages"] = inputs["effective"]
+        return logp, entropy, None
 
-    def _token_batch(self, input_ids, attention_mask, logps, entropies) -> TokenBatch:
-        inputs, needs = self._open, self.pipeline.needs
+    def _token_batch(self, inputs, logps: Tensor, entropies: Tensor, rank, kl) -> TokenBatch:
         mask = self._loss_mask(inputs).bool()
-        advantages = inputs["advantages"]
-        old_logp = inputs.get("old_per_token_logps")
-        old_entropy = inputs.get("old_entropy")
+        old_logp, old_entropy = inputs.get("old_per_token_logps"), inputs.get("old_entropy")
         on_policy = old_logp is None
-        rank = kl = None
-        if self._tap is not None:
-            hidden = self._tap.completion(mask.shape[1])[mask]
-            if "rank" in needs:
-                rank = torch.ones_like(inputs["completion_ids"])
-                rank[mask] = ranks(hidden, self._tap.head, inputs["completion_ids"][mask])
-            if "full_kl" in needs:
-                kl = self._full_kl(hidden, input_ids, attention_mask, mask)
         empty = logps.new_zeros(len(mask))
         return TokenBatch(
             mask=mask,
             ids=inputs["completion_ids"],
             logp=logps,
             old_logp=logps.detach() if on_policy else old_logp,
-            entropy=entropies if "entropy.grad" in needs else entropies.detach(),
-            advantages=(advantages if advantages.dim() == 2 else advantages[:, None]).expand(mask.shape),
+            entropy=entropies,
+            advantages=_per_token(inputs["advantages"]).expand(mask.shape),
             reward=inputs.get("reward", empty),
             group=inputs.get("group", empty.long()),
             step=self.state.global_step,
@@ -170,10 +246,14 @@ class EntropyTrainer(GRPOTrainer):
             rollout_entropy=self._rollout_entropy,
         )
 
-    def _full_kl(self, policy: Tensor, input_ids: Tensor, attention_mask: Tensor, mask: Tensor) -> Tensor:
-        reference = self._ref.hidden(input_ids, attention_mask, mask.shape[1])[mask]
-        kl = full_kl(policy, self._tap.head, reference, self._ref.tap.head, self.temperature)
-        return torch.zeros_like(mask, dtype=kl.dtype).masked_scatter(mask, kl)
+    def _run_plugins(self, inputs: dict, tokens: TokenBatch) -> Signal:
+        signal = self.pipeline(tokens)
+        if self.model.training:
+            self.meter.add(signal.metrics)
+            self.dynamics.observe(tokens, signal, self._lr())
+            if self.recorder is not None and self.recorder.due(self.state.global_step + 1):
+                self._record(inputs, tokens, signal)
+        return signal
 
     @staticmethod
     def _loss_mask(inputs) -> Tensor:
@@ -185,14 +265,18 @@ class EntropyTrainer(GRPOTrainer):
 
     # ---- the rollout ------------------------------------------------------------------------------------------------
 
+    def _sample(self, prompts: list, trainer: GRPOTrainer) -> dict[str, Any]:
+        output, self._sampled = self.sampler(prompts, trainer)
+        return output
+
     def _generate_and_score_completions(self, inputs):
         start = time.perf_counter()
-        self._rollout_passes = []
+        self._passes, self._sampled = [], None
         try:
             output = super()._generate_and_score_completions(inputs)
-            passes = self._rollout_passes
+            self._record_old_policy(output)
         finally:
-            self._rollout_passes = None
+            self._passes = None
         rows = len(output["completion_ids"])
         first = self.accelerator.process_index * rows
         group_size = self.num_generations if self.model.training else self.num_generations_eval
@@ -200,32 +284,31 @@ class EntropyTrainer(GRPOTrainer):
         output["rewards_per_func"] = rewards
         output["reward"] = (rewards * self.reward_weights.to(rewards.device)).nansum(-1)
         output["group"] = torch.arange(first, first + rows, device=rewards.device) // group_size
-        self._old_policy(output, passes)
-        self._clock["rollout"] += time.perf_counter() - start
-        self._clock["tokens"] += float(output["completion_mask"].sum())
+        if self.model.training:
+            self._rollout_step = self.state.global_step
+            self._window = (0, [])
+        self.meter.add_rollout(time.perf_counter() - start, float(output["completion_mask"].sum()))
         return output
 
-    def _old_policy(self, output: dict, passes: list[tuple[Tensor, Tensor]]) -> None:
-        """Add the behaviour policy's entropies to ``output`` where TRL computed its logps or a plug-in wants them."""
-        old_logp = output.get("old_per_token_logps")
-        entropy = next((h for logp, h in passes if logp is old_logp), None)
-        wanted = "rollout_entropy" in self.pipeline.needs
-        if entropy is None and wanted:
-            ids = torch.cat([output["prompt_ids"], output["completion_ids"]], 1)
-            attention = torch.cat([output["prompt_mask"], output["completion_mask"]], 1)
+    def _record_old_policy(self, output: dict) -> None:
+        """Add logp, entropy and rank under the rollout's policy, where the sampler or TRL made them or a plug-in wants them."""
+        ids, mask = output["completion_ids"], self._loss_mask(output).bool()
+        old_logp, wanted = output.get("old_per_token_logps"), "rollout_entropy" in self.pipeline.needs
+        found = next((p for p in self._passes if p.logp is old_logp), self._sampled)
+        if found is None and wanted:
+            both = [torch.cat([output[f"prompt_{x}"], output[f"completion_{x}"]], 1) for x in ("ids", "mask")]
+            size = self.args.per_device_train_batch_size
             with torch.no_grad():
-                _, entropy, _ = super()._get_per_token_logps_and_entropies(
-                    self.model,
-                    ids,
-                    attention,
-                    output["completion_ids"].shape[1],
-                    batch_size=self.args.per_device_train_batch_size,
-                    compute_entropy=True,
-                )
-        if entropy is not None:
-            output["old_entropy"] = entropy
+                self._get_per_token_logps_and_entropies(self.model, *both, ids.shape[1], batch_size=size)
+            found = self._passes[-1]
+        if found is None:
+            return
+        for name, values in zip(("old_logp", "old_entropy", "old_rank"), found, strict=True):
+            if values is not None:
+                values = torch.nn.functional.pad(values, (0, ids.shape[1] - values.shape[1]))
+                output[name] = values.masked_fill(output["completion_mask"] == 0, 0)
         if wanted:
-            self._rollout_entropy = gather(entropy[self._loss_mask(output).bool()])[0]
+            self._rollout_entropy = output["old_entropy"][mask]
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         self._rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
@@ -234,7 +317,7 @@ class EntropyTrainer(GRPOTrainer):
             for prompt, completion in zip(prompts, completions, strict=True):
                 groups.setdefault(str(prompt), set()).add(self.answer(_text(completion)))
             distinct = torch.tensor([float(sum(map(len, groups.values()))), float(len(groups))])
-            self._add({"rollout/distinct_answers": Mean(*distinct.to(self.accelerator.device))})
+            self.meter.add({"rollout/distinct_answers": Mean(*distinct.to(self.accelerator.device))})
         return self._rewards
 
     # ---- reporting --------------------------------------------------------------------------------------------------
@@ -257,69 +340,44 @@ class EntropyTrainer(GRPOTrainer):
         if "loss" in logs and self.model.training:
             trl_means = {k: [v for v in vs if not math.isnan(v)] for k, vs in self._metrics["train"].items()}
             metrics = rename({**logs, **{k: sum(v) / len(v) for k, v in trl_means.items() if v}})
-            metrics.update(self._flush_means())
             entropy, histograms = self.dynamics.flush()
             metrics.update(entropy)
-            metrics.update(self._flush_clock())
+            metrics.update(self.meter.flush())
             if self.accelerator.is_main_process:
                 for sink in self.sinks:
                     sink(self.state.global_step, metrics, histograms)
         super().log(logs, start_time)
 
-    def _add(self, means: Mapping[str, Mean]) -> None:
-        for name, mean in means.items():
-            before = self._means.get(name)
-            self._means[name] = mean if before is None else Mean(before.total + mean.total, before.count + mean.count)
+    def _count(self, inputs: dict, logp: Tensor, scored: Tensor, live: Tensor) -> None:
+        """Shares of tokens: clipped on the side where PPO stops their gradient, scored by this loss, able to get gradient.
 
-    def _flush_means(self) -> dict[str, float]:
-        """Means over micro-batches and ranks, by sum and count; a mean of nothing is left out."""
-        names = sorted(self._means)
-        if not names:
-            return {}
-        sums = all_sum(
-            torch.stack([torch.stack([m.total.double(), m.count.double()]) for m in map(self._means.get, names)])
-        )
-        self._means = {}
-        return {name: (total / count).item() for name, (total, count) in zip(names, sums, strict=True) if count > 0}
-
-    def _flush_clock(self) -> dict[str, float]:
-        now = time.perf_counter()
-        wall, rollout = now - self._clock["since"], self._clock["rollout"]
-        tokens = all_sum(torch.tensor([self._clock["tokens"]], device=self.accelerator.device)).item()
-        self._clock = {"rollout": 0.0, "since": now, "tokens": 0.0}
-        self._totals = [total + new for total, new in zip(self._totals, (tokens, rollout, wall), strict=True)]
-        times = {"time/step": wall, "time/rollout": rollout, "time/tokens_per_second": tokens / wall}
-        if torch.cuda.is_available():
-            times["mem/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        return times
-
-    def tokens_per_second(self) -> dict[str, float]:
-        """Completion tokens over the whole training: per second of rollout, and per second of everything."""
-        tokens, rollout, wall = self._totals
-        return {"rollout": tokens / max(rollout, 1e-9), "train": tokens / max(wall, 1e-9)}
-
-    def _clip_means(self, tokens: TokenBatch, signal: Signal) -> dict[str, Mean]:
-        """Share of trainable tokens outside the clip range on the side where PPO stops their gradient.
-
-        TRL's own series would count a masked token as not clipped, because its advantage has become 0.
+        TRL's own clip series would count a masked token as not clipped, because its advantage has become 0.
         """
-        ratio = (tokens.logp - tokens.old_logp).detach().exp()
-        low = (ratio < 1 - self.epsilon_low) & (signal.advantages < 0)
-        high = (ratio > 1 + self.epsilon_high) & (signal.advantages > 0)
-        return {
-            "policy/clip_low": Mean.of(low.float(), tokens.mask),
-            "policy/clip_high": Mean.of(high.float(), tokens.mask),
-        }
+        if not self.model.training:
+            return
+        mask, old_logp = self._loss_mask(inputs).bool(), inputs.get("old_per_token_logps")
+        ratio = torch.ones_like(logp) if old_logp is None else (logp.detach() - old_logp).exp()
+        advantages = _per_token(inputs["advantages"])
+        low = (ratio < 1 - self.epsilon_low) & (advantages < 0)
+        high = (ratio > 1 + self.epsilon_high) & (advantages > 0)
+        self.meter.add(
+            {
+                "policy/clip_low": Mean.of(low.float(), scored & mask),
+                "policy/clip_high": Mean.of(high.float(), scored & mask),
+                "compute/scored": Mean.of(scored.float(), mask),
+                "compute/live": Mean.of(live.float(), mask),
+            }
+        )
 
-    def _record(self, tokens: TokenBatch) -> None:
+    def _record(self, inputs: dict, tokens: TokenBatch, signal: Signal) -> None:
         decode = self.processing_class.batch_decode
-        prompts = [ids[m.bool()] for ids, m in zip(self._open["prompt_ids"], self._open["prompt_mask"], strict=True)]
+        prompts = [ids[m.bool()] for ids, m in zip(inputs["prompt_ids"], inputs["prompt_mask"], strict=True)]
         completions = [ids[m] for ids, m in zip(tokens.ids, tokens.mask, strict=True)]
-        per_func = self._open["rewards_per_func"]
+        per_func = inputs["rewards_per_func"]
         self.recorder.observe(
             self.state.global_step + 1,
             tokens,
-            self._signal,
+            signal,
             prompts=decode(prompts, skip_special_tokens=True),
             completions=decode(completions, skip_special_tokens=True),
             token_texts=[[self.processing_class.decode(i) for i in ids] for ids in completions],
@@ -327,16 +385,10 @@ class EntropyTrainer(GRPOTrainer):
         )
 
 
-class _StepPhase(TrainerCallback):
-    """On resume TRL restarts its micro-step counter at 0 (trl 1.16), which shifts when it generates; restore it."""
-
-    def __init__(self, trainer: EntropyTrainer):
-        self.trainer = trainer
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.trainer._step = state.global_step * args.gradient_accumulation_steps
-        self.trainer._clock["since"] = time.perf_counter()
-
-
 def _text(completion: str | list[dict]) -> str:
     return completion if isinstance(completion, str) else str(completion[-1]["content"])
+
+
+def _per_token(advantages: Tensor) -> Tensor:
+    """TRL's advantages are (B,), those of plug-ins (B, T)."""
+    return advantages if advantages.dim() == 2 else advantages[:, None]

@@ -23,6 +23,8 @@ VARIANTS = {
         {"scope": "response"},
         {"keep": "low"},
         {"scope": "rollout"},
+        {"policy": "rollout"},
+        {"policy": "rollout", "scope": "response"},
     ],
     "steer": [{"mapping": "linear", "w_max": 1.2}, {"mapping": "asymmetric", "w_max": 1.3}, {"form": "theorem"}],
     "entropy_band": [{"version": "v1", "selector": "quantile"}, {"selector": "otsu_hist100"}],
@@ -163,6 +165,39 @@ def test_empty_and_single_token_batches(plugin, shape):
         tokens = batch_from_logits(logits, torch.zeros(shape), mask, torch.ones(shape[0]).double(), ref_logits=logits)
         signal = plugin(tokens, Signal.start(tokens))
         assert loss_from_signal(tokens, signal).isfinite()
+
+
+def test_who_does_not_need_the_current_policy_does_not_look_at_it(plugin):
+    if "current" in plugin.needs:
+        pytest.skip("says that it does")
+    _, tokens = batch()
+    moved = replace(tokens, logp=tokens.logp - 0.5, entropy=tokens.entropy + 1.0, rank=tokens.rank + 1)
+    a, b = (plugin(t, Signal.start(t)) for t in (tokens, moved))
+    assert torch.equal(a.effective, b.effective)
+
+
+def test_who_has_no_neighbours_treats_each_completion_alone(plugin):
+    if "neighbours" in plugin.needs:
+        pytest.skip("says that it looks at the others")
+    _, tokens = batch()
+    together = plugin(tokens, Signal.start(tokens)).effective
+    for i in range(len(tokens.mask)):
+        own = rows_of(tokens, slice(i, i + 1))
+        torch.testing.assert_close(plugin(own, Signal.start(own)).effective, together[i : i + 1], rtol=0, atol=1e-12)
+
+
+def test_who_needs_no_zero_advantage_leaves_those_completions_alone(plugin):
+    if "zero_advantage" in plugin.needs:
+        pytest.skip("says that it does not")
+    _, tokens = batch()
+    still = replace(tokens, advantages=tokens.advantages * torch.tensor([0, 1, 1, 0, 1, 0])[:, None])
+    assert not plugin(still, Signal.start(still)).effective[[0, 3, 5]].any()
+
+
+def test_who_penalises_says_whose_gradient(plugin):
+    _, tokens = batch(requires_grad=True)
+    for penalty in plugin(tokens, Signal.start(tokens)).penalties:
+        assert plugin.needs & {"logp.grad", "entropy.grad", "full_kl"} and penalty.per_token.requires_grad
 
 
 def test_audit_reports_what_was_touched(plugin):

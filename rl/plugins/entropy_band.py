@@ -68,7 +68,10 @@ class EntropyBand:
         self.version, self.selector, self.fraction = version, selector, fraction
         self.coef_low, self.coef_high, self.kl_coef = coef_low, coef_high, kl_coef
         self.needs = frozenset(
-            (["entropy.grad"] if coef_low or coef_high else []) + (["full_kl"] if kl_coef else []),
+            ["current"]
+            + (["entropy.grad"] if coef_low or coef_high else [])
+            + (["full_kl"] if kl_coef else [])
+            + (["neighbours"] if version == "v1" else []),  # its denominator is the micro-batch's selected tokens
         )
 
     def __call__(self, tokens: TokenBatch, signal: Signal) -> Signal:

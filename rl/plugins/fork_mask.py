@@ -11,12 +11,13 @@ from rl.contract import Denominator, Scope, Signal, TokenBatch
 from rl.plugins.checks import fraction, n_all_over_kept, one_of
 
 Selector = Literal["quantile", "topk"]
+Policy = Literal["current", "rollout"]
 
 
 class ForkMask:
     """Drop the policy gradient of every token outside the top ``rho`` by entropy.
 
-    ``J = 1/N_all sum_t 1[H_t >= tau_rho] min(r_t A, clip(r_t) A)`` with H the current policy's entropy at the rollout
+    ``J = 1/N_all sum_t 1[H_t >= tau_rho] min(r_t A, clip(r_t) A)`` with H the policy's entropy at the rollout
     temperature and tau over all tokens of the scope, never through the gradient. Source: Beyond the 80/20 Rule
     (arXiv 2506.01939), section 5. KL and other penalties keep all tokens.
 
@@ -32,6 +33,8 @@ class ForkMask:
         denominator: "all" leaves TRL's denominator; "kept" makes the loss a mean over the kept tokens of the micro-batch
             (over the ranks for the scopes world and rollout).
         keep: "high" is the method; "low" keeps everything else instead, the paper's ablation.
+        policy: whose entropy: the "current" policy's (the paper, the official code and TRL), or that of the "rollout". On-policy
+            they are the same; off-policy only "rollout" knows the mask before the update, which then skips all other tokens.
 
     Raises:
         ConfigError: a value outside these.
@@ -47,14 +50,20 @@ class ForkMask:
         scope: Scope = "world",
         denominator: Denominator = "all",
         keep: Literal["high", "low"] = "high",
+        policy: Policy = "current",
     ):
         fraction("fork_mask.rho", rho, "0.2 keeps the top 20 %.")
         one_of("fork_mask.selector", selector, get_args(Selector))
         one_of("fork_mask.scope", scope, get_args(Scope))
         one_of("fork_mask.denominator", denominator, get_args(Denominator))
         one_of("fork_mask.keep", keep, ("high", "low"))
+        one_of("fork_mask.policy", policy, get_args(Policy))
         self.rho, self.selector, self.scope, self.denominator, self.keep = rho, selector, scope, denominator, keep
-        self.needs = frozenset({"rollout_entropy"} if scope == "rollout" else ())
+        self.policy = policy
+        needs = {"current" if policy == "current" else "old_entropy"}
+        needs |= {"rollout_entropy"} if scope == "rollout" else set()
+        needs |= {"neighbours"} if scope in ("micro", "world") or denominator == "kept" else set()
+        self.needs = frozenset(needs)
 
     def __call__(self, tokens: TokenBatch, signal: Signal) -> Signal:
         forking = self._forking(tokens)
@@ -65,7 +74,8 @@ class ForkMask:
         return signal.drop(tokens.mask & ~kept, rescale).log("kept", kept.float(), tokens.mask)
 
     def _forking(self, tokens: TokenBatch) -> Tensor:
+        entropy = tokens.entropy.detach() if self.policy == "current" else tokens.old_entropy
         if self.selector == "topk":
-            return tokens.reduce.topk(tokens.entropy, self.rho, self.scope, rollout=tokens.rollout_entropy)
-        threshold = tokens.reduce.quantile(tokens.entropy, 1 - self.rho, self.scope, rollout=tokens.rollout_entropy)
-        return (tokens.entropy.detach() >= threshold) & tokens.mask
+            return tokens.reduce.topk(entropy, self.rho, self.scope, rollout=tokens.rollout_entropy)
+        threshold = tokens.reduce.quantile(entropy, 1 - self.rho, self.scope, rollout=tokens.rollout_entropy)
+        return (entropy >= threshold) & tokens.mask

@@ -44,7 +44,6 @@ class Steer:
         ConfigError: a value outside these.
     """
 
-    needs = frozenset({"old_entropy"})
     neutral: Mapping[str, Any] = {"w_min": 1.0, "w_max": 1.0}
 
     def __init__(
@@ -68,6 +67,7 @@ class Steer:
         self.mapping, self.form, self.scope = mapping, form, scope
         self.w_min, self.w_max = w_min, w_max
         self.epsilon_low, self.epsilon_high = epsilon_low, epsilon_high
+        self.needs = frozenset({"old_entropy", "current"} | ({"neighbours"} if scope != "response" else set()))
 
     @torch.no_grad()
     def __call__(self, tokens: TokenBatch, signal: Signal) -> Signal:

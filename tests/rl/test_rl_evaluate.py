@@ -9,7 +9,7 @@ from data import countdown
 from rewards.countdown import final_answer, solved
 from rl.errors import ConfigError
 from rl.evaluate import Decoding, entropy_profile, evaluate, prompt_ids
-from rl.head import score
+from rl.scoring import score
 from tiny import save_model
 
 TOKENIZER = countdown.tokenizer()

@@ -69,6 +69,20 @@ def test_quantile_of_more_values_than_torch_takes(monkeypatch):
     assert torch.allclose(torch.stack([reduce.quantile(values, q) for q in QS]), torch.stack(expected), atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_select_is_the_sorted_value(dtype):
+    g = torch.Generator().manual_seed(0)
+    values = torch.cat(
+        [
+            torch.randn(300, generator=g, dtype=dtype).exp() * 10.0 ** torch.randint(-20, 20, (300,), generator=g),
+            -torch.rand(200, generator=g, dtype=dtype),
+            torch.tensor([0.0, -0.0, math.inf, -math.inf, 1.0, 1.0, 1.0], dtype=dtype),
+        ]
+    )
+    ordered = values.sort().values
+    assert all(reduce.select(values, k, everywhere=False) == ordered[k] for k in range(len(values)))
+
+
 def test_empty_scopes():
     x, mask = torch.ones(2, 3), torch.zeros(2, 3).bool()
     r = Reduce(mask)
@@ -114,3 +128,35 @@ def test_world_scope_on_two_ranks_is_one_process(empty_rank):
         assert largest == whole.max(x, "micro") and smallest == whole.min(x, "micro")
         assert torch.equal(quantiles, torch.stack([whole.quantile(x, q, "micro") for q in QS]))
     assert torch.equal(torch.cat([r[4] for r in ranks]), whole.topk(x, 0.3, "micro"))
+
+
+def _ties(rank, x):
+    r = Reduce(torch.ones_like(x[rank], dtype=torch.bool))
+    return r.topk(x[rank], 0.5, "world"), r.topk(x[rank], 0.5, "rollout", x[rank].flatten())
+
+
+def test_ties_over_ranks_keep_exactly_k_the_first_ranks_ones():
+    x = torch.tensor([[1.0, 2.0, 1.0], [1.0, 0.0, 1.0]]).view(2, 1, 3)
+    (first, all_first), (second, all_second) = two_ranks(_ties, x)
+    assert first.tolist() == [[True, True, True]] and second.tolist() == [[False, False, False]]
+    assert all_first.all() and all_second.tolist() == [[True, False, True]]  # the rollout's threshold keeps all ties
+
+
+def _sizes(rank, x):
+    import torch.distributed as dist
+
+    seen, right = [], dist.all_reduce
+    dist.all_reduce = lambda t, *a, **k: (seen.append(t.numel()), right(t, *a, **k))[1]
+    dist.all_gather = None  # nothing is gathered
+    r = Reduce(torch.ones_like(x[rank], dtype=torch.bool))
+    threshold = r.quantile(x[rank], 0.8, "world")
+    own = r.quantile(x[rank], 0.8, "rollout", rollout=x[rank].flatten())
+    return threshold, own, torch.tensor(seen).sum()
+
+
+@pytest.mark.parametrize("n", [10, 100_000])
+def test_thresholds_cost_the_same_communication_for_any_number_of_tokens(n):
+    x = torch.rand(2, 1, n, generator=torch.Generator().manual_seed(0))
+    (one, own, sent), (other, other_own, _) = two_ranks(_sizes, x)
+    assert one == other == own == other_own == torch.quantile(x, 0.8)
+    assert sent == 2 * (1 + 2 * (2048 + 2048 + 1024))

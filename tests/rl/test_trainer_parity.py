@@ -1,7 +1,6 @@
-"""EntropyTrainer against stock TRL, to the last bit: parameters after real optimizer steps on real rollouts."""
+"""EntropyTrainer against stock TRL, up to rounding: parameters after real optimizer steps on real rollouts."""
 
 import pytest
-import torch
 
 from rl.contract import Signal, TokenBatch
 from rl.plugins.fork_mask import ForkMask
@@ -60,7 +59,7 @@ def test_penalty_is_entropy_coef(model, tmp_path, loss_type, policy):
 def test_the_comparison_can_fail(model, tmp_path):
     plain = train(GRPOTrainer, model, tmp_path)
     masked = train(EntropyTrainer, model, tmp_path, {"fork_mask": ForkMask(rho=0.5)})
-    assert any(not torch.equal(plain[n], masked[n]) for n in plain)
+    assert any((plain[n] - masked[n]).abs().max() > 1e-3 for n in plain)
 
 
 def test_sequence_level_ratio_and_untied_head(tmp_path):

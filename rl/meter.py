@@ -1,0 +1,69 @@
+"""Sums, counts and seconds of one optimizer step, added up over micro-batches and ranks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+import torch
+
+from rl.contract import Mean
+from rl.reduce import all_sum
+
+
+class Meter:
+    """Collects what happens between two logs.
+
+    Args:
+        device: where sums over ranks are made.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._means: dict[str, Mean] = {}
+        self._since, self._rollout, self._tokens = time.perf_counter(), 0.0, 0.0
+        self._totals = [0.0, 0.0, 0.0]  # tokens, rollout seconds, wall seconds
+
+    def start(self) -> None:
+        """The clock begins now."""
+        self._since = time.perf_counter()
+
+    def add(self, means: Mapping[str, Mean]) -> None:
+        """Add to the step's means by name."""
+        for name, mean in means.items():
+            before = self._means.get(name)
+            self._means[name] = mean if before is None else Mean(before.total + mean.total, before.count + mean.count)
+
+    def add_rollout(self, seconds: float, tokens: float) -> None:
+        """One rollout took so long and gave so many completion tokens on this rank."""
+        self._rollout += seconds
+        self._tokens += tokens
+
+    def flush(self) -> dict[str, float]:
+        """The step's means and times; every rank must call it. A mean of nothing is left out."""
+        return self._flush_means() | self._flush_clock()
+
+    def _flush_means(self) -> dict[str, float]:
+        names = sorted(self._means)
+        if not names:
+            return {}
+        means = [self._means[name] for name in names]
+        sums = all_sum(torch.stack([torch.stack([m.total.double(), m.count.double()]) for m in means]))
+        self._means = {}
+        return {name: (total / count).item() for name, (total, count) in zip(names, sums, strict=True) if count > 0}
+
+    def _flush_clock(self) -> dict[str, float]:
+        now = time.perf_counter()
+        wall, rollout = now - self._since, self._rollout
+        tokens = all_sum(torch.tensor([self._tokens], device=self.device)).item()
+        self._since, self._rollout, self._tokens = now, 0.0, 0.0
+        self._totals = [total + new for total, new in zip(self._totals, (tokens, rollout, wall), strict=True)]
+        times = {"time/step": wall, "time/rollout": rollout, "time/tokens_per_second": tokens / wall}
+        if torch.cuda.is_available():
+            times["mem/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        return times
+
+    def tokens_per_second(self) -> dict[str, float]:
+        """Completion tokens over the whole training: per second of rollout, and per second of everything."""
+        tokens, rollout, wall = self._totals
+        return {"rollout": tokens / max(rollout, 1e-9), "train": tokens / max(wall, 1e-9)}

@@ -1,0 +1,186 @@
+"""What of a micro-batch can get gradient, and the smaller micro-batch that is made of it.
+
+Everything here is exact: what is left out has gradient zero, or no influence on what is kept (columns after the last token that
+is scored, padding before the first token of every prompt).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from trl import GRPOConfig
+
+from rl.reduce import world_size
+from rl.scoring import Recorded
+
+# Loss types whose gradient at the rollout's own policy is a factor per completion times the effective advantage.
+_PER_TOKEN = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo")
+_MEAN_OF_COMPLETION = ("grpo", "sapo")
+
+
+class Savings(NamedTuple):
+    """What loss and plug-ins allow to leave out."""
+
+    rows: bool = False  # a completion of advantage 0 has no gradient
+    tokens: bool = (
+        False  # a token of effective advantage 0 has none, so with recorded values the plug-ins run beforehand
+    )
+    stale: bool = False  # the same after the policy has moved on from the rollout
+    order: bool = False  # it does not matter in which micro-batch of the optimizer step a completion is
+    order_ahead: bool = False  # the same once the plug-ins have run
+
+    @classmethod
+    def of(cls, args: GRPOConfig, needs: frozenset[str], entropy_bonus: bool, aux_loss: bool) -> Savings:
+        """From the loss options of TRL and what the plug-ins say they need."""
+        if aux_loss:  # every token counts in the balance of experts
+            return cls()
+        penalty = entropy_bonus or bool(needs & {"entropy.grad", "logp.grad", "full_kl"})
+        local = args.beta == 0 and not penalty
+        tokens = (
+            local
+            and args.importance_sampling_level == "token"
+            and args.off_policy_mask_threshold is None
+            and args.top_entropy_quantile == 1.0
+        )
+        equal = args.loss_type != "bnpo" and not penalty and args.top_entropy_quantile == 1.0
+        return cls(
+            rows=local and "zero_advantage" not in needs and args.top_entropy_quantile == 1.0,
+            tokens=tokens,
+            stale=tokens and "current" not in needs and args.loss_type != "vespo",
+            order=equal and "neighbours" not in needs,
+            order_ahead=equal,
+        )
+
+
+class Cut(NamedTuple):
+    """Some rows of a micro-batch, without the columns nobody needs."""
+
+    rows: Tensor  # indices
+    ids: Tensor
+    attention: Tensor
+    labels: Tensor  # -100 where nothing is scored
+    completion: slice  # columns of the micro-batch that are still here at the end
+    shape: tuple[int, int]  # (B, T)
+
+    @classmethod
+    def of(cls, input_ids: Tensor, attention: Tensor, scored: Tensor, rows: Tensor, trim: Trim) -> Cut:
+        """The ``rows`` whose tokens in ``scored`` (B, T) shall be scored; T columns at the end are the completion."""
+        shape = scored.shape
+        prompt, scored = input_ids.shape[1] - shape[1], scored[rows]
+        first, end = 0, shape[1]
+        if trim.right:
+            used = scored.any(0).nonzero()
+            end = int(used.max()) + 1 if len(used) else 1
+        if trim.left:
+            first = int(attention[rows, :prompt].any(0).int().argmax())
+        columns = slice(first, prompt + end)
+        ids = input_ids[rows, columns]
+        labels = torch.full_like(ids, -100)
+        labels[:, prompt - first :] = ids[:, prompt - first :].masked_fill(~scored[:, :end], -100)
+        return cls(rows, ids, attention[rows, columns], labels, slice(0, end), tuple(shape))
+
+    def score(self, model: Callable[..., Any], with_rank: bool = False, hint: Tensor | None = None) -> Recorded:
+        """(B, T) logp, entropy and rank from one call of the model, 0 for tokens that are not scored; ``hint`` is (B, T)."""
+        out = model(
+            input_ids=self.ids,
+            attention_mask=self.attention,
+            labels=self.labels,
+            fused_lm_head=True,
+            with_rank=with_rank,
+            logp_gradient=None if hint is None else self._beside_labels(hint),
+        )
+        return Recorded(*(None if v is None else self._place(v) for v in (out.log_probs, out.entropy, out.rank)))
+
+    def _place(self, values: Tensor) -> Tensor:
+        values = values[:, -self.completion.stop :]
+        values = torch.nn.functional.pad(values, (0, self.shape[1] - self.completion.stop))
+        return values.new_zeros(self.shape).index_copy(0, self.rows, values)
+
+    def _beside_labels(self, values: Tensor) -> Tensor:
+        out = values.new_zeros(self.labels.shape)
+        out[:, -self.completion.stop :] = values[self.rows, self.completion]
+        return out
+
+
+class Trim(NamedTuple):
+    """Which columns a model may go without."""
+
+    left: bool
+    right: bool
+
+    @classmethod
+    def of(cls, text_config: Any, pad_to_multiple_of: int | None) -> Trim:
+        """Right padding has no influence on a causal model; left padding has none where positions are relative (rotary)."""
+        fixed = pad_to_multiple_of is not None  # asked for by the user, for the shapes
+        return cls(left=not fixed and _rotary(getattr(text_config, "rope_parameters", None)), right=not fixed)
+
+
+def _rotary(parameters: Any) -> bool:
+    """Whether all layers turn by position alone; dynamic and longrope scaling look at the length as well."""
+    if not isinstance(parameters, Mapping) or not parameters:
+        return False
+    if "rope_type" in parameters:
+        return parameters["rope_type"] not in ("dynamic", "longrope")
+    return all(_rotary(layer) for layer in parameters.values())
+
+
+def score_live(
+    model: Callable[..., Any],
+    input_ids: Tensor,
+    attention: Tensor,
+    scored: Tensor,
+    live: Tensor,
+    trim: Trim,
+    with_rank: bool = False,
+) -> Recorded:
+    """Scores every token in ``scored``, with gradient in the rows ``live`` only. Every rank calls the model equally often."""
+    found = [Cut.of(input_ids, attention, scored, live, trim).score(model, with_rank)]
+    dead = torch.ones_like(scored[:, :1]).index_fill_(0, live, False)
+    if bool(dead.any()) or world_size() > 1:
+        with torch.no_grad():
+            found.append(Cut.of(input_ids, attention, scored & dead, rows_in(dead), trim).score(model, with_rank))
+    return Recorded(*(None if v[0] is None else sum(v) for v in zip(*found, strict=True)))
+
+
+def rows_in(where: Tensor) -> Tensor:
+    """Indices of the rows with a token in ``where``; row 0 where there is none, so that every parameter gets its zero."""
+    rows = where.any(-1).nonzero().squeeze(1)
+    return rows if len(rows) else torch.zeros(1, dtype=torch.long, device=where.device)
+
+
+def expected_gradient(args: GRPOConfig, inputs: Mapping[str, Any], mask: Tensor, effective: Tensor) -> Tensor | None:
+    """(B, T) what the gradient of each logp is going to be up to one common factor; None where that is not known."""
+    own_policy = "old_per_token_logps" not in inputs and "importance_sampling_ratio" not in inputs
+    if not own_policy or args.loss_type not in _PER_TOKEN or args.importance_sampling_level != "token":
+        return None
+    if args.loss_type in _MEAN_OF_COMPLETION:
+        return -effective / mask.sum(-1, keepdim=True).clamp(min=1)
+    return -effective
+
+
+def by_length(batches: Sequence[Mapping[str, Any]], lengths: Sequence[Tensor]) -> list[dict[str, Any]]:
+    """The same completions in as many micro-batches of the same sizes, short ones first.
+
+    Args:
+        batches: tensors by name, rows are completions; what has no rows is taken from the micro-batch in its place.
+        lengths: (B,) for each.
+    """
+    sizes = [len(length) for length in lengths]
+    order = torch.cat(list(lengths)).argsort(stable=True)
+    out: list[dict[str, Any]] = [dict(batch) for batch in batches]
+    for name, value in batches[0].items():
+        if isinstance(value, Tensor) and value.dim() and len(value) == sizes[0]:
+            whole = torch.cat([batch[name] for batch in batches])[order]
+            for batch, part in zip(out, whole.split(sizes), strict=True):
+                batch[name] = part
+    return out
+
+
+def lengths_of(inputs: Mapping[str, Any], scored: Tensor) -> Tensor:
+    """(B,) tokens that a forward has to look at to score those in ``scored``; 0 for a completion without any."""
+    place = torch.arange(1, scored.shape[1] + 1, device=scored.device)
+    last = (scored * place).amax(-1) if scored.shape[1] else scored.sum(-1)
+    return torch.where(last > 0, last + inputs["prompt_mask"].sum(-1), 0)

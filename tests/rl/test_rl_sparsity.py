@@ -1,0 +1,293 @@
+"""What the trainer leaves out changes no gradient: against the same training with every saving switched off."""
+
+import pytest
+import torch
+
+from rl.contract import Signal, TokenBatch
+from rl.errors import ConfigError
+from rl.plugins.entropy_band import EntropyBand
+from rl.plugins.fork_mask import ForkMask
+from rl.plugins.rank_shaping import RankShaping
+from rl.plugins.steer import Steer
+from rl.scoring import Recorded
+from rl.sparsity import Cut, Savings, Trim, by_length, expected_gradient, lengths_of, rows_in
+from tiny import EntropyTrainer, assert_same, grpo_config, make_trainer, save_model
+
+LOSSES = ["grpo", "dapo", "bnpo", "dr_grpo", "cispo", "sapo", "luspo", "vespo"]
+OFF_POLICY = {"steps_per_generation": 4, "num_iterations": 2, "max_steps": 4}
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("tiny"))
+
+
+def sparse_reward(prompts, completions, **columns):
+    """The completions of every second prompt or so are told apart, the other groups have no spread."""
+    return [float(len(c) % 3) * (sum(map(ord, p)) % 2) for p, c in zip(prompts, completions, strict=True)]
+
+
+class Ragged(EntropyTrainer):
+    """Completions of one to eight tokens, recorded by the policy's own forward."""
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
+        g = torch.Generator().manual_seed(self.state.global_step)
+        lengths = torch.randint(1, 9, (len(prompt_ids),), generator=g)
+        return [torch.randint(4, 43, (n,), generator=g).tolist() for n in lengths.tolist()], None
+
+    record = True
+
+    def _record_old_policy(self, output):
+        if self.record and "old_per_token_logps" not in output:
+            with torch.no_grad():
+                both = [torch.cat([output[f"prompt_{x}"], output[f"completion_{x}"]], 1) for x in ("ids", "mask")]
+                n = output["completion_ids"].shape[1]
+                self._sampled = Recorded(*self._get_per_token_logps_and_entropies(self.model, *both, n)[:2], None)
+        super()._record_old_policy(output)
+
+
+class Recording(Ragged):
+    calls = None
+
+    def _forward_ahead(self, *args):
+        self.calls = (self.calls or 0) + 1
+        return super()._forward_ahead(*args)
+
+
+class Everything(Ragged):
+    """No saving at all."""
+
+    record = False
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.savings, self.trim = Savings(), Trim(False, False)
+
+
+class InPass(Ragged):
+    record = False
+
+
+def parameters(cls, model, tmp_path, plugins=None, **changes):
+    changes = {"reward": sparse_reward, "max_steps": 3, **changes}
+    trainer = make_trainer(cls, model, tmp_path, plugins, **changes)
+    trainer.train()
+    return {n: p.detach().clone() for n, p in trainer.model.named_parameters()}, trainer
+
+
+@pytest.mark.parametrize("policy", [{}, OFF_POLICY], ids=["on", "off"])
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_every_saving_leaves_the_training_as_it_is(model, tmp_path, loss_type, policy):
+    changes = {"loss_type": loss_type, **policy}
+    plugins = {"mask": ForkMask(rho=0.3)}
+    whole, _ = parameters(Everything, model, tmp_path, plugins, **changes)
+    in_pass, _ = parameters(InPass, model, tmp_path, plugins, **changes)
+    ahead, trainer = parameters(Recording, model, tmp_path, plugins, **changes)
+    assert_same(whole, in_pass)
+    assert_same(whole, ahead)
+    assert trainer.calls  # the short way was taken
+    start = make_trainer(EntropyTrainer, model, tmp_path).model.state_dict()
+    assert max((whole[n] - start[n]).abs().max() for n in whole) > 5e-3  # and there was something to learn
+
+
+@pytest.mark.parametrize(
+    "plugin",
+    [
+        ForkMask(scope="micro", selector="topk", denominator="kept"),
+        ForkMask(policy="rollout"),
+        ForkMask(scope="rollout", policy="rollout"),
+        Steer(),
+        EntropyBand(kl_coef=0.0),
+        RankShaping(),
+        RankShaping(lam_tail=-0.1, k=3),
+    ],
+    ids=lambda p: type(p).__name__,
+)
+@pytest.mark.parametrize("policy", [{}, OFF_POLICY], ids=["on", "off"])
+def test_savings_of_every_method(model, tmp_path, plugin, policy):
+    whole, _ = parameters(Everything, model, tmp_path, {"it": plugin}, **policy)
+    for cls in (InPass, Ragged):
+        assert_same(whole, parameters(cls, model, tmp_path, {"it": plugin}, **policy)[0])
+
+
+@pytest.mark.parametrize("changes", [{"beta": 0.1}, {"entropy_coef": 0.1}, {"importance_sampling_level": "sequence"}])
+def test_losses_that_need_more_than_advantages(model, tmp_path, changes):
+    whole, _ = parameters(Everything, model, tmp_path, {"mask": ForkMask(rho=0.3)}, **changes)
+    for cls in (InPass, Ragged):
+        assert_same(whole, parameters(cls, model, tmp_path, {"mask": ForkMask(rho=0.3)}, **changes)[0])
+
+
+def test_without_any_spread_the_gradient_is_zero_and_every_parameter_has_one(model, tmp_path):
+    class Watch(Ragged):
+        def _compute_loss(self, model, inputs):
+            loss = super()._compute_loss(model, inputs)
+            loss.backward(retain_graph=True)
+            assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+            return loss
+
+    for record in (True, False):
+        Watch.record = record
+        parameters(Watch, model, tmp_path, reward=lambda prompts, completions, **k: [1.0] * len(completions))
+
+
+def test_what_a_forward_sees(model, tmp_path):
+    """Recorded: only rows with an advantage and a kept token, without the columns nobody needs."""
+    shapes, scored = [], []
+
+    class Look(Ragged):
+        def _compute_loss(self, model, inputs):
+            def seen(module, args, kwargs):
+                shapes.append((kwargs["input_ids"].shape, inputs["completion_ids"].shape, inputs["prompt_ids"].shape))
+                scored.append((int((kwargs["labels"] != -100).sum()), int(self._scored(inputs).sum())))
+
+            hook = model.register_forward_pre_hook(seen, with_kwargs=True)
+            try:
+                return super()._compute_loss(model, inputs)
+            finally:
+                hook.remove()
+
+    parameters(Look, model, tmp_path, {"mask": ForkMask(rho=0.2)})
+    assert all(a == b for a, b in scored) and sum(a for a, _ in scored) > 0
+    full = sum(c[0] * (c[1] + p[1]) for _, c, p in shapes)
+    assert sum(s[0] * s[1] for s, _, _ in shapes) < 0.6 * full
+
+
+class Adds(ForkMask):
+    """Gives gradient to completions whose advantage is 0."""
+
+    needs = frozenset({"current"})
+
+    def __init__(self):
+        pass
+
+    def __call__(self, tokens: TokenBatch, signal: Signal) -> Signal:
+        return signal.shape(signal.advantages + 0.1 * tokens.entropy)
+
+
+def test_a_plugin_that_moves_rows_without_advantage_must_say_so(model, tmp_path):
+    with pytest.raises(ConfigError, match="zero_advantage"):
+        parameters(InPass, model, tmp_path, {"adds": Adds()})
+    honest = Adds()
+    honest.needs = frozenset({"current", "zero_advantage"})
+    whole, _ = parameters(Everything, model, tmp_path, {"adds": honest})
+    for cls in (InPass, Ragged):
+        assert_same(whole, parameters(cls, model, tmp_path, {"adds": honest})[0])
+
+
+class Penalises(Adds):
+    def __call__(self, tokens: TokenBatch, signal: Signal) -> Signal:
+        return signal.penalise("lp", -tokens.logp, 0.1, tokens.mask)
+
+
+def test_a_penalty_without_gradient_is_refused(model, tmp_path):
+    for cls in (InPass, Ragged):
+        with pytest.raises(ConfigError, match=r"plugin.pen/lp .*logp\.grad"):
+            parameters(cls, model, tmp_path, {"pen": Penalises()})
+    honest = Penalises()
+    honest.needs = frozenset({"logp.grad"})
+    whole, _ = parameters(Everything, model, tmp_path, {"pen": honest})
+    for cls in (InPass, Ragged):
+        assert_same(whole, parameters(cls, model, tmp_path, {"pen": honest})[0])
+
+
+def test_cut_keeps_what_is_scored_and_puts_it_back():
+    ids = torch.arange(1, 41).view(4, 10)
+    attention = torch.ones_like(ids)
+    attention[:, :2] = 0  # two columns of padding before every prompt of 4
+    scored = torch.zeros(4, 6, dtype=torch.bool)
+    scored[1, 0] = scored[3, 2] = True
+    cut = Cut.of(ids, attention, scored, rows_in(scored), Trim(True, True))
+    assert cut.rows.tolist() == [1, 3] and cut.ids.tolist() == ids[[1, 3], 2:7].tolist()
+    assert cut.labels[cut.labels != -100].tolist() == [ids[1, 4], ids[3, 6]]
+    values = torch.arange(100.0, 108.0).view(2, 4)
+    placed = cut._place(values)
+    assert placed[1, 0] == values[0, 1] and placed[3, 2] == values[1, 3] and placed[[0, 2]].eq(0).all()
+    untrimmed = Cut.of(ids, attention, scored, rows_in(scored), Trim(False, False))
+    assert untrimmed.ids.shape == (2, 10)
+
+
+def test_cut_of_nothing_is_one_row():
+    ids, nothing = torch.ones(3, 5, dtype=torch.long), torch.zeros(3, 2, dtype=torch.bool)
+    cut = Cut.of(ids, ids, nothing, rows_in(nothing), Trim(True, True))
+    assert cut.ids.shape == (1, 4) and (cut.labels == -100).all()
+
+
+def test_order_by_length_keeps_rows_together():
+    g = torch.Generator().manual_seed(0)
+    scored = [torch.rand(3, 5, generator=g) < 0.3 for _ in range(4)]
+    scored[2][1] = False
+    batches = [
+        {"scored": s, "prompt_mask": torch.ones(3, 2), "row": torch.arange(3) + 10 * i, "n": torch.tensor(7.0)}
+        for i, s in enumerate(scored)
+    ]
+    ordered = by_length(batches, [lengths_of(b, b["scored"]) for b in batches])
+    lengths = torch.cat([lengths_of(b, b["scored"]) for b in ordered])
+    assert torch.equal(lengths, lengths.sort().values) and lengths[0] == 0
+    for batch in ordered:
+        assert batch["n"] == 7 and len(batch["row"]) == 3
+        for row, s in zip(batch["row"].tolist(), batch["scored"], strict=True):
+            assert torch.equal(s, scored[row // 10][row % 10])
+
+
+@pytest.mark.parametrize(
+    ("rope", "left"),
+    [
+        ({"rope_type": "default", "rope_theta": 1e4}, True),
+        ({"rope_type": "yarn"}, True),
+        ({"rope_type": "dynamic"}, False),
+        ({"full": {"rope_type": "default"}, "sliding": {"rope_type": "longrope"}}, False),
+        (None, False),
+    ],
+)
+def test_left_padding_goes_only_where_positions_are_relative(rope, left):
+    config = type("Config", (), {"rope_parameters": rope})()
+    assert Trim.of(config, None) == Trim(left, True)
+    assert Trim.of(config, 8) == Trim(False, False)
+
+
+def test_what_may_be_saved(tmp_path):
+    def of(needs=(), bonus=False, aux=False, **changes):
+        return Savings.of(grpo_config(tmp_path, **changes), frozenset(needs), bonus, aux)
+
+    assert of() == Savings(True, True, True, True, True)
+    assert of(aux=True) == Savings()
+    assert of({"current"}).tokens and not of({"current"}).stale
+    assert of({"neighbours"}).order_ahead and not of({"neighbours"}).order
+    assert not of(loss_type="bnpo").order_ahead and of(loss_type="bnpo").tokens
+    assert not of(loss_type="vespo").stale and of(loss_type="vespo").rows
+    assert not of({"zero_advantage"}).rows and of({"zero_advantage"}).tokens
+    for found in (of({"entropy.grad"}), of({"logp.grad"}), of({"full_kl"}), of(bonus=True)):
+        assert found == Savings()
+    assert of(beta=0.1) == Savings(order=True, order_ahead=True)
+    assert of(importance_sampling_level="sequence") == Savings(rows=True, order=True, order_ahead=True)
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_expected_gradient_is_the_gradient_up_to_a_factor(model, tmp_path, loss_type):
+    """Against autograd through TRL's own loss, on-policy."""
+    found = []
+
+    class Compare(Ragged):
+        def _forward_ahead(self, model, inputs, ids, attention):
+            mask = self._loss_mask(inputs).bool()
+            expected = expected_gradient(self.args, inputs, mask, inputs["effective"])
+            logp, entropy, _ = super()._forward_ahead(model, inputs, ids, attention)
+            logp = logp.detach().requires_grad_()
+            found.append((expected, logp))
+            return logp, entropy, None
+
+        def training_step(self, *args):
+            loss = super().training_step(*args)
+            return loss
+
+    parameters(Compare, model, tmp_path, loss_type=loss_type, max_steps=1)
+    seen = False
+    for expected, logp in found:
+        if loss_type == "vespo":
+            assert expected is None
+            continue
+        at = expected.abs().argmax()
+        factor = logp.grad.flatten()[at] / expected.flatten()[at] if expected.any() else 1.0
+        torch.testing.assert_close(logp.grad, expected * factor, rtol=1e-6, atol=1e-9)
+        seen |= bool(expected.any())
+    assert seen or loss_type == "vespo"
