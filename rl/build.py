@@ -20,7 +20,9 @@ from rl.config import check_trainer_options
 from rl.errors import CheckpointError, ConfigError, EntrlError
 from rl.evaluate import Decoding, check_ks
 from rl.pipeline import Pipeline
+from rl.rollout import NativeSampler
 
+_BACKENDS = ("hf", "native", "vllm")
 _DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
@@ -162,6 +164,23 @@ def grpo_config(cfg: DictConfig, output_dir: str, weights: list[float]) -> GRPOC
         )
     except (ValueError, TypeError) as error:
         raise ConfigError(f"trainer: TRL refuses these options: {str(error).strip().splitlines()[0]}") from error
+
+
+def sampler(cfg: DictConfig, model: PreTrainedModel, args: GRPOConfig, pipeline: Pipeline) -> NativeSampler | None:
+    """What draws the completions; None leaves it to TRL.
+
+    Raises:
+        ConfigError: an unknown backend, or a model or an option that the native one does not know.
+    """
+    backend = cfg.rollout.backend
+    if backend not in _BACKENDS:
+        raise ConfigError(f"rollout.backend={backend} is not known. Expected one of: {', '.join(_BACKENDS)}.")
+    if (backend == "vllm") != args.use_vllm:
+        raise ConfigError(
+            f"rollout.backend={backend} and trainer.use_vllm={args.use_vllm} contradict each other. "
+            "Choose with rollout=hf, native, vllm_colocate or vllm_server."
+        )
+    return NativeSampler(model.config, args, rank="rank" in pipeline.needs) if backend == "native" else None
 
 
 def peft_config(cfg: DictConfig) -> Any:

@@ -18,6 +18,7 @@ def quiet() -> None:
         ".*is_gradient_checkpointing.*",  # transformers 5.23, called by trl 1.16
         ".*gradient_checkpointing.*deprecated.*",
         ".*torch.*pin_memory.*",
+        ".*'rollout_func'.*experimental.*",  # trl 1.16
     ):
         warnings.filterwarnings("ignore", message=message)
     for name in ("trl", "accelerate", "math_verify"):

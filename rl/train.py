@@ -55,6 +55,7 @@ def run(cfg: DictConfig, overrides: Sequence[str], argv: Sequence[str]) -> Path 
     name = cfg.run.name or rundir.run_name(cfg.model.name, cfg.data.name, list(cfg.plugin), cfg.seed)
     rundir.check_free(Path(cfg.run.dir), name, cfg.run.overwrite)
     model = build.language_model(path, cfg.model)
+    sampler = build.sampler(cfg, model, args, pipeline)
     print(f"model     {cfg.model.path}, {model.num_parameters() / 1e6:.1f} M parameters")
     print(f"data      {cfg.data.name}, {len(problems.train)} training and {len(problems.heldout)} held-out problems")
     print(f"plug-ins  {', '.join(cfg.plugin) or 'none: plain GRPO'}")
@@ -81,12 +82,14 @@ def run(cfg: DictConfig, overrides: Sequence[str], argv: Sequence[str]) -> Path 
         ) as tracker,
     ):
         rundir.update_manifest(folder, {"wandb_id": tracker.id})
-        summary = _train(cfg, folder, tracker, model, tokenizer, problems, functions, pipeline, args, started)
+        summary = _train(cfg, folder, tracker, model, tokenizer, problems, functions, pipeline, sampler, args, started)
         _farewell(folder, tracker, summary)
     return folder
 
 
-def _train(cfg, folder, tracker, model, tokenizer, problems, functions, pipeline, args, started) -> dict[str, Any]:
+def _train(
+    cfg, folder, tracker, model, tokenizer, problems, functions, pipeline, sampler, args, started
+) -> dict[str, Any]:
     seconds = {"warmstart": 0.0, "train": 0.0, "eval": 0.0}
     before = _evaluate(cfg, folder / "eval", "before", model, tokenizer, problems, seconds) if cfg.eval.before else None
     recorder = Recorder(folder / "rollouts", every=cfg.record.every, max_rows=cfg.record.max_rows)
@@ -109,6 +112,7 @@ def _train(cfg, folder, tracker, model, tokenizer, problems, functions, pipeline
         recorder=recorder,
         sinks=[tracker.log, Progress(args.max_steps), samples, NoOpAlarm()],
         answer=problems.answer,
+        sampler=sampler,
     )
     for advice in pipeline.check(trainer.facts()):
         print(f"advice    {advice}")
