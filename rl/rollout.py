@@ -7,7 +7,7 @@ entropy and rank of the sampled tokens. The weights are the model's own modules,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -178,7 +178,10 @@ def _draw(model, prompts, max_new_tokens, ends, pad, temperature, truncation: Tr
 
 
 class _Decoder:
-    """The forward of a Llama-like model, with keys and values where they will stay: (layers, rows, heads, columns, width)."""
+    """The forward of a Llama-like model, with keys and values where they will stay: (layers, rows, heads, columns, width).
+
+    Projections of the same input are one product.
+    """
 
     def __init__(self, model: PreTrainedModel, rows: int, columns: int):
         c = model.config
@@ -188,28 +191,40 @@ class _Decoder:
         shape = (c.num_hidden_layers, rows, self.groups, columns, self.width)
         self.keys, self.values = (torch.empty(shape, dtype=model.dtype, device=model.device) for _ in range(2))
         self.length = 0
+        attention, mlp = [layer.self_attn for layer in self.body.layers], [layer.mlp for layer in self.body.layers]
+        self.qkv = [_joined(a.q_proj, a.k_proj, a.v_proj) for a in attention]
+        self.gate_up = [_joined(m.gate_proj, m.up_proj) for m in mlp]
+        self.qk_scale = [self._qk_scale(a) for a in attention]
+
+    def _qk_scale(self, attn: nn.Module) -> Tensor | None:
+        """(heads, width) weights of the norms of queries and keys, where there are any."""
+        if not hasattr(attn, "q_norm"):
+            return None
+        return torch.stack([attn.q_norm.weight] * self.heads + [attn.k_norm.weight] * self.groups)
 
     def __call__(self, ids: Tensor, positions: Tensor, attention: Tensor | None) -> Tensor:
         """(rows, vocabulary) fp32 logits after the last of the new tokens ``ids``; ``attention`` is over all columns so far."""
         x = self.body.embed_tokens(ids)
         cos, sin = (c[:, :, None] for c in self.body.rotary_emb(x, positions))
         new = ids.shape[1]
-        mask = None if attention is None else attention[:, None, None].bool()
+        mask = None if attention is None else attention[:, None, None]
         if new > 1:  # a padding token sees itself, so that no row of the softmax is empty
             causal = torch.ones(new, new, dtype=torch.bool, device=x.device).tril()
             mask = causal if mask is None else causal & (mask | torch.eye(new, dtype=torch.bool, device=x.device))
         for i, layer in enumerate(self.body.layers):
             x = x + self._attend(i, layer.self_attn, _norm(layer.input_layernorm, x), cos, sin, mask)
-            x = x + layer.mlp(_norm(layer.post_attention_layernorm, x))
+            gate, up = self.gate_up[i](_norm(layer.post_attention_layernorm, x)).chunk(2, -1)
+            x = x + layer.mlp.down_proj(layer.mlp.act_fn(gate) * up)
         self.length += new
         return self.head(_norm(self.body.norm, x[:, -1])).float()
 
     def _attend(self, i: int, attn: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
         rows, new, _ = x.shape
-        q, k, v = (p(x).view(rows, new, -1, self.width) for p in (attn.q_proj, attn.k_proj, attn.v_proj))
-        if hasattr(attn, "q_norm"):
-            q, k = _norm(attn.q_norm, q), _norm(attn.k_norm, k)
-        q, k = _rotate(torch.cat([q, k], 2), cos, sin).split([self.heads, self.groups], 2)
+        qkv = self.qkv[i](x).view(rows, new, -1, self.width)
+        qk, v = qkv.split([self.heads + self.groups, self.groups], 2)
+        if self.qk_scale[i] is not None:
+            qk = F.rms_norm(qk, (self.width,), eps=attn.q_norm.variance_epsilon) * self.qk_scale[i]
+        q, k = _rotate(qk, cos, sin).split([self.heads, self.groups], 2)
         end = self.length + new
         keys, values = self.keys[i, :rows, :, :end], self.values[i, :rows, :, :end]
         keys[:, :, self.length :], values[:, :, self.length :] = k.transpose(1, 2), v.transpose(1, 2)
@@ -217,8 +232,8 @@ class _Decoder:
             q = q.transpose(1, 2)
             out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=True).transpose(1, 2)
         else:  # the queries of a group share their keys: one small product each
-            q = q.view(rows, self.groups, -1, self.width)
-            weight = torch.matmul(q * self.width**-0.5, keys.transpose(-1, -2)).float()
+            q = (q * self.width**-0.5).view(rows, self.groups, -1, self.width)
+            weight = torch.matmul(q, keys.transpose(-1, -2)).float()
             if mask is not None:
                 weight = weight.masked_fill(~mask, -torch.inf)
             out = torch.matmul(weight.softmax(-1).to(values.dtype), values)
@@ -233,6 +248,15 @@ class _Decoder:
         """Rows ``source`` take the places ``target``; only the first ``left`` rows are of use from now on."""
         for states in (self.keys, self.values):
             states[:, target, :, : self.length] = states[:, source, :, : self.length]
+
+
+def _joined(*linears: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The outputs side by side; one product unless there are adapters."""
+    if any(type(linear) is not nn.Linear for linear in linears):
+        return lambda x: torch.cat([linear(x) for linear in linears], -1)
+    weight = torch.cat([linear.weight for linear in linears])
+    bias = None if linears[0].bias is None else torch.cat([linear.bias for linear in linears])
+    return lambda x: F.linear(x, weight, bias)
 
 
 def _norm(module: nn.Module, x: Tensor) -> Tensor:
