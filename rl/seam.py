@@ -15,6 +15,8 @@ TESTED = ("1.15", "1.17")  # from, below
 
 # The methods EntropyTrainer overrides or calls, and the leading parameters it relies on.
 _METHODS = {
+    "_prepare_inputs": ("self", "generation_batch"),
+    "_tokenize_prompts": ("self", "prompts"),
     "_compute_loss": ("self", "model", "inputs"),
     "_get_per_token_logps_and_entropies": ("self", "model", "input_ids", "attention_mask", "logits_to_keep"),
     "_generate_and_score_completions": ("self", "inputs"),
@@ -41,6 +43,6 @@ def check_seam() -> None:
             )
     if "outputs" not in inspect.signature(getattr(utils, "add_fused_lm_head", lambda: None)).parameters:
         raise SeamError(
-            f"TRL {version} has no fused LM head with entropies, from which entrl reads its tokens. "
+            f"TRL {version} has no fused LM head with entropies, whose place entrl's own head takes. "
             f'Install a tested version: pip install "trl>={TESTED[0]},<{TESTED[1]}".'
         )

@@ -1,6 +1,6 @@
 """Run by test_trainer_two_ranks.py: trains on fixed completions, alone or as one of two ranks, and writes what came out.
 
-python tests/two_rank_train.py MODEL OUT      # or through torchrun
+python tests/two_rank_train.py MODEL OUT WHICH     # or through torchrun
 """
 
 import hashlib
@@ -34,23 +34,34 @@ class FixedRollouts(EntropyTrainer):
 class Weighted:
     """A statistic of the whole world inside a plug-in."""
 
-    needs, neutral = frozenset(), {}
+    needs, neutral = frozenset({"current", "neighbours"}), {}
 
     def __call__(self, tokens: TokenBatch, signal: Signal) -> Signal:
         mean = tokens.reduce.mean(tokens.entropy, "world")
         return signal.scale((tokens.entropy.detach() / mean).clamp(max=2.0).where(tokens.mask, 1.0))
 
 
-def main(model: str, out: str) -> None:
-    torch.set_num_threads(1)
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    lines = []
-    plugins = {
+# penalty: every token counts. live: completions without advantage get no gradient. ahead: the rollout's pass records entropies.
+PLUGINS = {
+    "penalty": lambda: {
         "mask": ForkMask(rho=0.4),
         "rollout": ForkMask(rho=0.8, scope="rollout"),
         "band": EntropyBand(kl_coef=0.0),
         "world": Weighted(),
-    }
+    },
+    "live": lambda: {"mask": ForkMask(rho=0.4), "world": Weighted()},
+    "ahead": lambda: {"mask": ForkMask(rho=0.4), "rollout": ForkMask(rho=0.8, scope="rollout"), "world": Weighted()},
+}
+
+
+def spread_in_some_groups(prompts, completions, **columns):
+    return [float(len(c) % 5) * (sum(map(ord, p)) % 2) for p, c in zip(prompts, completions, strict=True)]
+
+
+def main(model: str, out: str, which: str) -> None:
+    torch.set_num_threads(1)
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    lines = []
     trainer = make_trainer(
         FixedRollouts,
         model,
@@ -58,8 +69,9 @@ def main(model: str, out: str) -> None:
         extra={
             "sinks": [lambda step, metrics, histograms: lines.append([metrics, histograms["entropy/hist"].counts])],
             "answer": lambda text: text,
-            "pipeline": Pipeline(plugins),
+            "pipeline": Pipeline(PLUGINS[which]()),
         },
+        **({} if which == "penalty" else {"reward": spread_in_some_groups}),
         per_device_train_batch_size=16 // world,
         gradient_accumulation_steps=1,
         max_steps=3,

@@ -14,27 +14,30 @@ from tiny import save_model
 TESTS = Path(__file__).parents[1]
 
 
-def run(*launcher, model, out):
+def run(*launcher, model, out, which):
     env = {k: v for k, v in os.environ.items() if not k.startswith(("RANK", "WORLD", "LOCAL_", "MASTER_", "PYTEST"))}
-    command = [sys.executable, *launcher, str(TESTS / "two_rank_train.py"), str(model), str(out)]
+    command = [sys.executable, *launcher, str(TESTS / "two_rank_train.py"), str(model), str(out), which]
     env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}"}
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(Path(f"{out}.json").read_text()), torch.load(f"{out}.pt", weights_only=True)
 
 
-def test_two_ranks_are_one_process(tmp_path):
+@pytest.mark.parametrize("which", ["penalty", "live", "ahead"])
+def test_two_ranks_are_one_process(tmp_path, which):
     model = save_model(tmp_path / "model")
-    one, weights = run(model=model, out=tmp_path / "one")
+    one, weights = run(model=model, out=tmp_path / "one", which=which)
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    two, other = run(*launcher, model=model, out=tmp_path / "two")
+    two, other = run(*launcher, model=model, out=tmp_path / "two", which=which)
     assert len(one) == len(two) == 3
     for (metrics, counts), (others, other_counts) in zip(one, two, strict=True):
         same = [m for m in metrics if not m.startswith(("time/", "policy/loss"))]  # TRL's loss is one rank's own
-        assert "rollout/distinct_answers" in same and "plugin/rollout/kept" in same
+        assert "rollout/distinct_answers" in same and "plugin/mask/kept" in same
         assert {m: others[m] for m in same} == pytest.approx({m: metrics[m] for m in same}, rel=2e-3, abs=1e-6)
         assert (
             sum(counts) == sum(other_counts) and sum(abs(a - b) for a, b in zip(counts, other_counts, strict=True)) <= 2
         )
+        assert metrics["compute/scored"] < 1 if which == "ahead" else metrics["compute/scored"] == 1
+        assert which == "penalty" or metrics["rollout/zero_std_groups"] > 0
     for name in weights:
         torch.testing.assert_close(weights[name], other[name], rtol=1e-4, atol=1e-5)
