@@ -127,6 +127,28 @@ def _rotary(parameters: Any) -> bool:
     return all(_rotary(layer) for layer in parameters.values())
 
 
+def score_all(
+    model: Callable[..., Any],
+    input_ids: Tensor,
+    attention: Tensor,
+    scored: Tensor,
+    size: int,
+    trim: Trim,
+    with_rank: bool = False,
+) -> Recorded:
+    """Scores every token in ``scored``, ``size`` rows of similar length at a time."""
+    found = None
+    for rows in attention.sum(-1).argsort(stable=True).split(size):
+        part = Cut.of(input_ids, attention, scored, rows, trim).score(model, with_rank)
+        found = part if found is None else _sum(found, part)
+    return found
+
+
+def _sum(a: Recorded, b: Recorded) -> Recorded:
+    """Of different rows, each 0 in the other's."""
+    return Recorded(*(None if x is None else x + y for x, y in zip(a, b, strict=True)))
+
+
 def score_live(
     model: Callable[..., Any],
     input_ids: Tensor,
@@ -137,12 +159,13 @@ def score_live(
     with_rank: bool = False,
 ) -> Recorded:
     """Scores every token in ``scored``, with gradient in the rows ``live`` only. Every rank calls the model equally often."""
-    found = [Cut.of(input_ids, attention, scored, live, trim).score(model, with_rank)]
+    found = Cut.of(input_ids, attention, scored, live, trim).score(model, with_rank)
     dead = torch.ones_like(scored[:, :1]).index_fill_(0, live, False)
     if bool(dead.any()) or world_size() > 1:
         with torch.no_grad():
-            found.append(Cut.of(input_ids, attention, scored & dead, rows_in(dead), trim).score(model, with_rank))
-    return Recorded(*(None if v[0] is None else sum(v) for v in zip(*found, strict=True)))
+            rest = Cut.of(input_ids, attention, scored & dead, rows_in(dead), trim).score(model, with_rank)
+        found = _sum(found, rest)
+    return found
 
 
 def rows_in(where: Tensor) -> Tensor:

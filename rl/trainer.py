@@ -31,7 +31,7 @@ from rl.recorder import Recorder
 from rl.scoring import HiddenTap, Recorded, Reference, WithRank, add_scoring, base_of, refuse_logit_transforms
 from rl.seam import check_seam
 from rl.series import rename
-from rl.sparsity import Cut, Savings, Trim, by_length, expected_gradient, lengths_of, rows_in, score_live
+from rl.sparsity import Cut, Savings, Trim, by_length, expected_gradient, lengths_of, rows_in, score_all, score_live
 
 Sink = Callable[[int, dict[str, float], dict[str, Histogram]], None]
 
@@ -169,31 +169,36 @@ class EntropyTrainer(GRPOTrainer):
         return loss
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
-        """TRL's forward; inside a loss the plug-ins run on its result, at a rollout its values are kept too."""
+        """Logp and entropy of every completion token: TRL asks at the rollout, in the loss, and of the reference model.
+
+        Inside a loss the plug-ins run on the result, at a rollout it is kept.
+        """
         # *args, **kwargs: TRL's own further parameters, handed on untouched; their list changes with every release.
-        inputs = self._open
+        inputs, rank, out = self._open, "rank" in self.pipeline.needs, None
         images = any(value is not None for name, value in kwargs.items() if not name.startswith(("compute", "batch")))
         if inputs is not None and "effective" in inputs:
             return self._forward_ahead(model, inputs, input_ids, attention_mask)
-        if inputs is not None and self.savings.rows and self.model.training and not images:
-            advantages, scored = _per_token(inputs["advantages"]), self._scored(inputs)
+        if inputs is None and not images:
+            scored = attention_mask[:, -logits_to_keep:].bool()
+            size = kwargs.get("batch_size") or len(input_ids)
             with self.accelerator.autocast():
-                live = rows_in(scored & (advantages != 0))
-                with_rank = "rank" in self.pipeline.needs
-                found = score_live(model, input_ids, attention_mask, scored, live, self.trim, with_rank)
-            out = None
+                found = score_all(
+                    model, input_ids, attention_mask, scored, size, self.trim, rank and model is self.model
+                )
+            if self._passes is not None and model is self.model:
+                self._passes.append(found)
+        elif inputs is not None and self.savings.rows and self.model.training and not images:
+            scored = self._scored(inputs)
+            live = rows_in(scored & (_per_token(inputs["advantages"]) != 0))
+            with self.accelerator.autocast():
+                found = score_live(model, input_ids, attention_mask, scored, live, self.trim, rank)
         else:
-            at_rollout = inputs is None and self._passes is not None and model is self.model
-            if at_rollout:
-                kwargs["compute_entropy"] = True  # costs nothing: the policy's head computes it anyway
-            scorer = WithRank(model, "rank" in self.pipeline.needs and (at_rollout or inputs is not None))
-            with self._tap if inputs is not None and self._tap is not None else nullcontext():
+            scorer = WithRank(model, rank)
+            with self._tap if self._tap is not None else nullcontext():
                 out = super()._get_per_token_logps_and_entropies(
                     scorer, input_ids, attention_mask, logits_to_keep, *args, **kwargs
                 )
             found = Recorded(out[0], out[1], scorer.rank(logits_to_keep))
-            if at_rollout:
-                self._passes.append(found)
         if inputs is not None:
             mask = self._loss_mask(inputs).bool()
             kl = self._ref.full_kl(self._tap, input_ids, attention_mask, mask) if self._tap is not None else None

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig
 
 from rl.contract import Signal, TokenBatch
 from rl.errors import ConfigError
@@ -95,7 +96,7 @@ def test_every_saving_leaves_the_training_as_it_is(model, tmp_path, loss_type, p
     [
         ForkMask(scope="micro", selector="topk", denominator="kept"),
         ForkMask(policy="rollout"),
-        ForkMask(scope="rollout", policy="rollout"),
+        ForkMask(rho=0.3, scope="rollout", policy="rollout"),  # 0.2 would fall among first tokens of one prompt: ties
         Steer(),
         EntropyBand(kl_coef=0.0),
         RankShaping(),
@@ -108,6 +109,16 @@ def test_savings_of_every_method(model, tmp_path, plugin, policy):
     whole, _ = parameters(Everything, model, tmp_path, {"it": plugin}, **policy)
     for cls in (InPass, Ragged):
         assert_same(whole, parameters(cls, model, tmp_path, {"it": plugin}, **policy)[0])
+
+
+def test_adapters(model, tmp_path):
+    found = []
+    for cls in (Everything, InPass, Recording):
+        extra = {"peft_config": LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)}
+        found.append(parameters(cls, model, tmp_path, {"mask": ForkMask(rho=0.3)}, extra=extra))
+    assert found[2][1].calls and any("lora" in name for name in found[0][0])
+    for parameters_found, _ in found[1:]:
+        assert_same(found[0][0], parameters_found)
 
 
 @pytest.mark.parametrize("changes", [{"beta": 0.1}, {"entropy_coef": 0.1}, {"importance_sampling_level": "sequence"}])
@@ -188,6 +199,24 @@ def test_a_penalty_without_gradient_is_refused(model, tmp_path):
     whole, _ = parameters(Everything, model, tmp_path, {"pen": honest})
     for cls in (InPass, Ragged):
         assert_same(whole, parameters(cls, model, tmp_path, {"pen": honest})[0])
+
+
+def test_the_old_policys_pass_is_trimmed_too(model, tmp_path):
+    """Off-policy, TRL scores the rollout once more: completions of like length together, without the padding."""
+    shapes = []
+
+    class Look(Ragged):
+        def _generate_and_score_completions(self, inputs):
+            seen = lambda module, args, kwargs: shapes.append(kwargs["input_ids"].shape)  # noqa: E731
+            hook = self.model.register_forward_pre_hook(seen, with_kwargs=True)
+            try:
+                return super()._generate_and_score_completions(inputs)
+            finally:
+                hook.remove()
+
+    parameters(Look, model, tmp_path, **OFF_POLICY)
+    widths = [width for _, width in shapes]
+    assert all(rows == 8 for rows, _ in shapes) and len(set(widths)) > 1 and min(widths) < max(widths) - 2
 
 
 def test_cut_keeps_what_is_scored_and_puts_it_back():
@@ -275,10 +304,6 @@ def test_expected_gradient_is_the_gradient_up_to_a_factor(model, tmp_path, loss_
             logp = logp.detach().requires_grad_()
             found.append((expected, logp))
             return logp, entropy, None
-
-        def training_step(self, *args):
-            loss = super().training_step(*args)
-            return loss
 
     parameters(Compare, model, tmp_path, loss_type=loss_type, max_steps=1)
     seen = False
