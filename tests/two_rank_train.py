@@ -18,6 +18,12 @@ from rl.plugins.fork_mask import ForkMask
 from rl.trainer import EntropyTrainer
 from tiny import make_trainer
 
+ZERO = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+if ZERO:
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled first; gloo does it as well
+
 
 class FixedRollouts(EntropyTrainer):
     """Completions are a hash of the prompt and the place in its group: the same on one rank and on two."""
@@ -76,12 +82,11 @@ def main(model: str, out: str, which: str) -> None:
         gradient_accumulation_steps=1,
         max_steps=3,
         learning_rate=0.1,
-        optim="sgd",  # Adam would turn a gradient of 1e-9 into a full step of either sign
-        **({"ddp_backend": "gloo"} if world > 1 else {}),
+        **({"ddp_backend": "gloo", "use_cpu": not ZERO} if world > 1 else {}),
     )
     trainer.train()
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # under ZeRO-3 every rank has a part
     if trainer.accelerator.is_main_process:
-        weights = trainer.accelerator.unwrap_model(trainer.model).state_dict()
         torch.save({k: v.clone() for k, v in weights.items()}, f"{out}.pt")
         Path(f"{out}.json").write_text(json.dumps(lines))
     if world > 1:
