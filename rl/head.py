@@ -24,8 +24,6 @@ from torch import Tensor
 from rl import kernel
 from rl.tiles import (
     EXTRAS,
-    TOKENS,
-    VOCAB,
     Extra,
     Gradients,
     LogitGradient,
@@ -35,6 +33,7 @@ from rl.tiles import (
     Tiles,
     spans,
     target_logits,
+    tile_of,
 )
 
 _SLAB = 64 << 20  # bytes of the logit gradients of all live tokens against one slab of the vocabulary
@@ -145,11 +144,12 @@ class _Head(torch.autograd.Function):
 
 def _statistics(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, call: _Call) -> Stats:
     """One pass over the vocabulary; ``hidden`` in the dtype of the products."""
-    tiles = Tiles(hidden, call.rule, TOKENS, VOCAB)
+    n_tokens, n_vocab = tile_of(hidden)
+    tiles = Tiles(hidden, call.rule, n_tokens, n_vocab)
     y_target = target_logits(tiles, weight, bias, targets) if "rank" in call.extras else None
     moments = Moments(tiles, call.extras, call.top_k, y_target)
-    for v0, v1, w, b in tiles.slabs(weight, bias, VOCAB):
-        for r0, r1 in spans(len(hidden), TOKENS):
+    for v0, v1, w, b in tiles.slabs(weight, bias, n_vocab):
+        for r0, r1 in spans(len(hidden), n_tokens):
             rows, shape = slice(r0, r1), (r1 - r0, v1 - v0)
             y = tiles.buffer("y", shape)
             tiles.logits(rows, w, b, y)
@@ -168,14 +168,15 @@ def _backward(
             for x, need in zip((hidden, weight, bias), needs, strict=True)
         )
         return list(zeros)
-    width = max(512, min(VOCAB, _SLAB // (n * hidden.element_size())))
-    tiles = Tiles(hidden, rule, TOKENS, width)
+    n_tokens, n_vocab = tile_of(hidden)
+    width = max(512, min(n_vocab, _SLAB // (n * hidden.element_size())))
+    tiles = Tiles(hidden, rule, n_tokens, width)
     dz_all = hidden.new_empty(n * width)
     out = Gradients(tiles, weight, bias, needs)
     direct = hidden.dtype == tiles.dtype  # the tile is computed where its gradient will stand
     for v0, v1, w, b in tiles.slabs(weight, bias, width):
         dz = dz_all[: n * (v1 - v0)].view(n, v1 - v0)
-        for r0, r1 in spans(n, TOKENS):
+        for r0, r1 in spans(n, n_tokens):
             rows, shape = slice(r0, r1), (r1 - r0, v1 - v0)
             y = dz[rows] if direct else tiles.buffer("y", shape)
             slope = None if rule.softcap is None else tiles.buffer("slope", shape)
@@ -198,7 +199,7 @@ def _form(hidden, weight, bias, targets, gradient, call: _Call, compute: torch.d
     rest = (gradient == 0).nonzero().squeeze(1)
     h, t, g = hidden[live].to(compute), targets[live], gradient[live]
     block = max(1, _KEPT // (4 * len(weight)))
-    tiles = Tiles(h, call.rule, TOKENS, VOCAB)
+    tiles = Tiles(h, call.rule, *tile_of(h))
     g = g.to(tiles.dtype)
     out = Gradients(tiles, weight, bias, needs)
     if not len(live) and out.weight is not None:
@@ -217,14 +218,15 @@ def _form(hidden, weight, bias, targets, gradient, call: _Call, compute: torch.d
 def _form_block(tiles: Tiles, weight, bias, targets, g, rows: slice, call: _Call, out: Gradients, first: bool) -> Stats:
     n = rows.stop - rows.start
     t = targets[rows]
-    part = Tiles(tiles.hidden[rows], call.rule, TOKENS, VOCAB)
+    n_tokens, n_vocab = tile_of(tiles.hidden)
+    part = Tiles(tiles.hidden[rows], call.rule, n_tokens, n_vocab)
     y_target = target_logits(part, weight, bias, t) if "rank" in call.extras else None
     moments = Moments(part, call.extras, call.top_k, y_target)
     kept, slopes = [], []
-    for v0, v1, w, b in part.slabs(weight, bias, VOCAB):
+    for v0, v1, w, b in part.slabs(weight, bias, n_vocab):
         kept.append(part.hidden.new_empty((n, v1 - v0), dtype=part.dtype))
         slopes.append(torch.empty_like(kept[-1]) if call.rule.softcap is not None else None)
-        for r0, r1 in spans(n, TOKENS):
+        for r0, r1 in spans(n, n_tokens):
             inner, shape = slice(r0, r1), (r1 - r0, v1 - v0)
             part.logits(inner, w, b, kept[-1][inner], None if slopes[-1] is None else slopes[-1][inner])
             y = part.buffer("y", shape)
@@ -232,7 +234,7 @@ def _form_block(tiles: Tiles, weight, bias, targets, g, rows: slice, call: _Call
             moments.add(inner, y, part.buffer("e", shape), t[inner], v0)
     stats = moments.finish()
     pulled = LogitGradient.of(t, stats.log_z, stats.entropy, g[rows], None, call.rule)
-    for i, (v0, _, w, _) in enumerate(part.slabs(weight, None, VOCAB)):
+    for i, (v0, _, w, _) in enumerate(part.slabs(weight, None, n_vocab)):
         dz, kept[i] = kept[i], None
         pulled.fill(slice(None), dz, None, slopes[i], v0)
         out.add(dz.to(w.dtype), w, v0, rows, first)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 LN2 = math.log(2.0)
-TOKENS, VOCAB = 512, 2048  # a tile of 4 MiB in fp32 stays in the cache of a core (measured: docs/performance.md)
+# Tokens and words of a tile. On a CPU its 4 MiB in fp32 stay in the cache of a core; elsewhere launches should be few (not measured).
+TILE, WIDE_TILE = (512, 2048), (4096, 16384)
 _NO_LOGIT = -3e38  # stands for -inf, so that 0 * it is 0
 _LOWEST = -1e15  # where a running maximum starts: finite, so that a difference to it times 0 is 0
 
@@ -29,6 +30,11 @@ class LogitRule(NamedTuple):
 
 def spans(n: int, size: int) -> Iterator[tuple[int, int]]:
     return ((start, min(start + size, n)) for start in range(0, n, size))
+
+
+def tile_of(hidden: Tensor) -> tuple[int, int]:
+    """Tokens and words of a tile on the device of ``hidden``."""
+    return TILE if hidden.device.type == "cpu" else WIDE_TILE
 
 
 class Tiles:
@@ -165,7 +171,7 @@ def _shift(s0: Tensor, s1: Tensor, s2: Tensor | None, delta: Tensor) -> None:
 def target_logits(tiles: Tiles, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
     """(N,) base-2 logits of the targets, by one row product each."""
     out = tiles.hidden.new_empty(len(targets), dtype=tiles.dtype)
-    for start, end in spans(len(targets), TOKENS):
+    for start, end in spans(len(targets), tile_of(tiles.hidden)[0]):
         ids = targets[start:end]
         w = weight[ids].to(tiles.hidden.dtype).to(tiles.dtype)
         dot = (tiles.hidden[start:end].to(tiles.dtype) * w).sum(-1)

@@ -14,9 +14,7 @@ from rl.tiles import Moments
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Many ragged tiles, so that every seam between two of them is crossed."""
-    monkeypatch.setattr(head, "TOKENS", 7)
-    monkeypatch.setattr(head, "VOCAB", 16)
-    monkeypatch.setattr("rl.tiles.TOKENS", 5)
+    monkeypatch.setattr("rl.tiles.TILE", (7, 16))
     monkeypatch.setattr(head, "_KEPT", 4 * 53 * 4)  # four tokens at a time where the gradient is formed in the forward
 
 
