@@ -5,9 +5,9 @@
     python scripts/bench_head.py --scaling        # cost against tokens and against the vocabulary
 
 full: every token has a gradient. mask20: every fifth has one. known: the same, and the mask is known before the forward.
-hint: the gradient itself is known up to a factor, so that it is formed in the forward (one product less). floor: matrix products
-of the same shapes, as many as the case cannot do without: 4 for full, 1 + 3/5 for mask20, 4/5 for known, 3 and 3/5 with the hint.
-Ratios are the peer's over entrl's, except fp32_over_floor, entrl's CPU seconds of a full pass over the floor's.
+hint, full_hint: the gradient itself is known up to a factor as well, so that it is formed in the forward (one product less). floor:
+matrix products of the same shapes, as many as the case cannot do without: 4 for full, 1 + 3/5 for mask20, 4/5 for known, 3 and 3/5
+with the hint. Ratios are the peer's over entrl's, except those over the floor: entrl's CPU seconds over the floor's.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from bench_common import arguments, measured, report, rounds
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SIZES = {"tokens": 2048, "width": 896, "vocab": 151_936}  # Qwen2.5-0.5B
 QUICK = {"tokens": 256, "width": 256, "vocab": 32_003}
+SLAB = 4096  # of the vocabulary, in the floor
 KEEP = 5  # every fifth token is kept
 
 
@@ -31,27 +32,43 @@ def tensors(dtype: str, tokens: int, width: int, vocab: int):
     return hidden.requires_grad_(), weight.requires_grad_(), targets, upstream, kept
 
 
-def products(share: float, hidden, weight) -> None:
-    """``share`` of one product of tokens by vocabulary, in slabs that the weight's gradient would have."""
-    rows = hidden.detach()[: max(1, round(share * len(hidden)))]
-    for slab in weight.detach().split(16_384):
-        torch.mm(rows, slab.t())
+def products(hidden, weight, count: dict[str, float]) -> None:
+    """Matrix products of these shapes into memory that is there: logits, and the gradients of hidden and weight from logits'."""
+    hidden, weight = hidden.detach(), weight.detach()
+    dz = torch.randn(len(hidden), SLAB, dtype=hidden.dtype)
+    out = {
+        "logits": torch.empty_like(dz),
+        "hidden": torch.empty_like(hidden),
+        "weight": torch.empty_like(weight[:SLAB]),
+    }
+    for name, share in count.items():
+        for part in [1.0] * int(share) + [share % 1] * (share % 1 > 0):
+            n = max(1, round(part * len(hidden)))
+            for slab in weight.split(SLAB):
+                width = len(slab)
+                if name == "logits":
+                    torch.mm(hidden[:n], slab.t(), out=out[name].flatten()[: n * width].view(n, width))
+                elif name == "hidden":
+                    torch.mm(dz[:n, :width], slab, out=out[name][:n])
+                else:
+                    torch.mm(dz[:n, :width].t(), hidden[:n], out=out[name][:width])
 
 
 def case(peer: str, dtype: str, which: str, sizes: dict, threads: int) -> dict:
     """One forward and backward in this process."""
     torch.set_num_threads(threads)
     hidden, weight, targets, upstream, kept = tensors(dtype, **sizes)
-    if which != "full":
+    if which in ("mask20", "known", "hint"):
         upstream = upstream * kept
     if which in ("known", "hint"):
         hidden, targets, upstream = hidden.detach()[kept].requires_grad_(), targets[kept], upstream[kept]
     if peer == "floor":
-        count = {"full": 4.0, "mask20": 1 + 3 / KEEP, "known": 4.0, "hint": 3.0}[which]
+        logits = {"full": 2.0, "mask20": 1 + 1 / KEEP, "known": 2.0, "hint": 1.0, "full_hint": 1.0}[which]
+        gradient = 1 / KEEP if which == "mask20" else 1.0
+        products(hidden[:9].detach(), weight[:9], {"logits": 1.0})
         out: dict = {}
         with measured(out):
-            for share in [1.0] * int(count) + [count % 1] * (count % 1 > 0):
-                products(share, hidden, weight)
+            products(hidden, weight, {"logits": logits, "hidden": gradient, "weight": gradient})
         return out
     function = PEERS[peer]()
     function(hidden[:2].detach(), weight[:9].detach(), targets[:2] % 9, upstream[:2])  # whatever happens once only
@@ -125,7 +142,7 @@ def compare(sizes: dict, quick: bool, repeat: int, threads: int):
         for which in ("known", "hint"):
             cases[f"{dtype} {which} entrl"] = (case, ("entrl", dtype, which, sizes, threads))
         cases[f"{dtype} full_hint entrl"] = (case, ("entrl", dtype, "full_hint", sizes, threads))
-    for which in ("full",) if quick else ("full", "mask20", "known", "hint"):
+    for which in ("full",) if quick else ("full", "full_hint", "mask20", "known", "hint"):
         cases[f"fp32 {which} floor"] = (case, ("floor", "fp32", which, sizes, threads))
     rows = rounds(cases, repeat)
 
@@ -142,6 +159,8 @@ def compare(sizes: dict, quick: bool, repeat: int, threads: int):
         ratios[f"{d}_full_memory"] = over(f"{d} full trl", f"{d} full entrl", "peak_mb")
         ratios[f"{d}_mask20_memory"] = over(f"{d} mask20 trl", f"{d} mask20 entrl", "peak_mb")
     ratios["fp32_over_floor"] = over("fp32 full entrl", "fp32 full floor")
+    if not quick:
+        ratios["fp32_hint_over_floor"] = over("fp32 full_hint entrl", "fp32 full_hint floor")
     return rows, ratios
 
 
