@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from rl.contract import Mean
 from rl.reduce import all_sum
@@ -67,3 +68,14 @@ class Meter:
         """Completion tokens over the whole training: per second of rollout, and per second of everything."""
         tokens, rollout, wall = self._totals
         return {"rollout": tokens / max(rollout, 1e-9), "train": tokens / max(wall, 1e-9)}
+
+
+def clip_shares(ratio: Tensor, advantages: Tensor, low: float, high: float, where: Tensor) -> dict[str, Mean]:
+    """Shares of the tokens in ``where`` that are clipped on the side where PPO stops their gradient.
+
+    By the advantage before the plug-ins: TRL's own series would count a masked token as not clipped, its advantage being 0.
+    """
+    return {
+        "policy/clip_low": Mean.of(((ratio < 1 - low) & (advantages < 0)).float(), where),
+        "policy/clip_high": Mean.of(((ratio > 1 + high) & (advantages > 0)).float(), where),
+    }

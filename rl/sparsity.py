@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from trl import GRPOConfig
 
 from rl.reduce import world_size
@@ -150,15 +150,22 @@ def _sum(a: Recorded, b: Recorded) -> Recorded:
 
 
 def score_live(
-    model: Callable[..., Any],
+    model: nn.Module,
     input_ids: Tensor,
     attention: Tensor,
     scored: Tensor,
-    live: Tensor,
+    live: Tensor | None,
     trim: Trim,
     with_rank: bool = False,
 ) -> Recorded:
-    """Scores every token in ``scored``, with gradient in the rows ``live`` only. Every rank calls the model equally often."""
+    """Scores every token in ``scored``, with gradient in the rows ``live`` only. Every rank calls the model equally often.
+
+    ``live=None``: nothing gets gradient, and no parameter but one is told so.
+    """
+    if live is None:
+        with torch.no_grad():
+            found = score_all(model, input_ids, attention, scored, len(input_ids), trim, with_rank)
+        return found._replace(logp=found.logp + no_gradient(model))
     found = Cut.of(input_ids, attention, scored, live, trim).score(model, with_rank)
     dead = torch.ones_like(scored[:, :1]).index_fill_(0, live, False)
     if bool(dead.any()) or world_size() > 1:
@@ -172,6 +179,17 @@ def rows_in(where: Tensor) -> Tensor:
     """Indices of the rows with a token in ``where``; row 0 where there is none, so that every parameter gets its zero."""
     rows = where.any(-1).nonzero().squeeze(1)
     return rows if len(rows) else torch.zeros(1, dtype=torch.long, device=where.device)
+
+
+def no_gradient(model: nn.Module) -> Tensor:
+    """A zero with a graph, whose backward reaches one small parameter and computes nothing."""
+    smallest = min((p for p in model.parameters() if p.requires_grad), key=Tensor.numel)
+    return smallest.flatten()[:0].sum()
+
+
+def per_token(advantages: Tensor) -> Tensor:
+    """TRL's advantages are (B,), those of plug-ins (B, T)."""
+    return advantages if advantages.dim() == 2 else advantages[:, None]
 
 
 def expected_gradient(args: GRPOConfig, inputs: Mapping[str, Any], mask: Tensor, effective: Tensor) -> Tensor | None:
@@ -202,8 +220,12 @@ def by_length(batches: Sequence[Mapping[str, Any]], lengths: Sequence[Tensor]) -
     return out
 
 
-def lengths_of(inputs: Mapping[str, Any], scored: Tensor) -> Tensor:
-    """(B,) tokens that a forward has to look at to score those in ``scored``; 0 for a completion without any."""
+def lengths_of(inputs: Mapping[str, Any], scored: Tensor, live: Tensor) -> Tensor:
+    """(B,) tokens that a forward has to look at to score those in ``scored``; 0 for a completion without any.
+
+    Completions with a ``live`` token come after all others: their length is counted from a full row on.
+    """
     place = torch.arange(1, scored.shape[1] + 1, device=scored.device)
     last = (scored * place).amax(-1) if scored.shape[1] else scored.sum(-1)
-    return torch.where(last > 0, last + inputs["prompt_mask"].sum(-1), 0)
+    length = torch.where(last > 0, last + inputs["prompt_mask"].sum(-1), 0)
+    return length + live.any(-1) * (inputs["prompt_mask"].shape[1] + scored.shape[1])

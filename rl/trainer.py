@@ -17,6 +17,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
@@ -25,13 +26,25 @@ from trl import GRPOConfig, GRPOTrainer
 from rl.callbacks.phase import StepPhase
 from rl.contract import Mean, RunFacts, Signal, TokenBatch
 from rl.dynamics import Dynamics, Histogram
-from rl.meter import Meter
+from rl.meter import Meter, clip_shares
 from rl.pipeline import Pipeline
 from rl.recorder import Recorder
 from rl.scoring import HiddenTap, Recorded, Reference, WithRank, add_scoring, base_of, refuse_logit_transforms
 from rl.seam import check_seam
 from rl.series import rename
-from rl.sparsity import Cut, Savings, Trim, by_length, expected_gradient, lengths_of, rows_in, score_all, score_live
+from rl.sparsity import (
+    Cut,
+    Savings,
+    Trim,
+    by_length,
+    expected_gradient,
+    lengths_of,
+    no_gradient,
+    per_token,
+    rows_in,
+    score_all,
+    score_live,
+)
 
 Sink = Callable[[int, dict[str, float], dict[str, Histogram]], None]
 
@@ -94,6 +107,8 @@ class EntropyTrainer(GRPOTrainer):
         self._window: tuple[int, list[dict]] = (0, [])  # first micro-step, micro-batches of one optimizer step
         needs = pipeline.needs
         self.savings = Savings.of(args, needs, self._entropy_bonus_enabled, self.aux_loss_enabled)
+        # several ranks, and engines that watch every parameter, call the model equally often
+        self._skips_idle = self.accelerator.distributed_type == DistributedType.NO
         self.trim = Trim.of(self.model.config.get_text_config(), args.pad_to_multiple_of)
         for scored in (self.model, self.ref_model):
             if scored is not None:
@@ -133,7 +148,13 @@ class EntropyTrainer(GRPOTrainer):
                 self._run_ahead(batch)
         order = self.savings.order_ahead if ahead else self.savings.order
         if size > 1 and order and "num_images" not in batches[0]:
-            batches = by_length(batches, [lengths_of(batch, self._scored(batch)) for batch in batches])
+            batches = by_length(
+                batches, [lengths_of(batch, self._scored(batch), self._live(batch)) for batch in batches]
+            )
+        # a micro-batch without gradient is skipped, where another one of the same update brings every parameter its gradient
+        idle = [self._skips_idle and not self._live(batch).any() for batch in batches]
+        for batch, is_idle in zip(batches, idle, strict=True):
+            batch["idle"] = is_idle and not all(idle)
         return batches
 
     def _recorded(self, inputs: dict) -> bool:
@@ -153,6 +174,13 @@ class EntropyTrainer(GRPOTrainer):
         if "effective" in inputs:
             return self._loss_mask(inputs).bool() & (inputs["effective"] != 0)
         return inputs["completion_mask"].bool()
+
+    def _live(self, inputs: dict) -> Tensor:
+        """(B, T) tokens that may get gradient, as far as that is known before the forward."""
+        scored = self._scored(inputs)
+        if "effective" in inputs or not self.savings.rows:
+            return scored
+        return scored & (per_token(inputs["advantages"]) != 0)
 
     # ---- the loss ---------------------------------------------------------------------------------------------------
 
@@ -189,7 +217,7 @@ class EntropyTrainer(GRPOTrainer):
                 self._passes.append(found)
         elif inputs is not None and self.savings.rows and self.model.training and not images:
             scored = self._scored(inputs)
-            live = rows_in(scored & (_per_token(inputs["advantages"]) != 0))
+            live = rows_in(self._live(inputs)) if not inputs["idle"] else None
             with self.accelerator.autocast():
                 found = score_live(model, input_ids, attention_mask, scored, live, self.trim, rank)
         else:
@@ -207,7 +235,7 @@ class EntropyTrainer(GRPOTrainer):
             tokens = self._token_batch(inputs, logp, entropy, found.rank, kl)
             self._signal = self._run_plugins(inputs, tokens)
             if self.model.training:
-                alive = _per_token(inputs["advantages"]) != 0 if self.savings.rows else None
+                alive = per_token(inputs["advantages"]) != 0 if self.savings.rows else None
                 self.pipeline.check_gradients(self._signal, alive)
             self._count(inputs, found.logp, tokens.mask, self._signal.effective != 0)
             if self.pipeline.plugins:
@@ -217,11 +245,15 @@ class EntropyTrainer(GRPOTrainer):
     def _forward_ahead(self, model, inputs, input_ids, attention) -> tuple[Tensor, Tensor, None]:
         """Scores the tokens with an effective advantage; for all others what the rollout recorded stands."""
         mask, scored = self._loss_mask(inputs).bool(), self._scored(inputs)
-        cut = Cut.of(input_ids, attention, scored, rows_in(scored), self.trim)
-        with self.accelerator.autocast():
-            found = cut.score(model, hint=expected_gradient(self.args, inputs, mask, inputs["effective"]))
-        logp = torch.where(scored, found.logp, inputs["old_logp"])
-        entropy = torch.where(scored, found.entropy.detach(), inputs["old_entropy"])
+        logp, entropy = inputs["old_logp"], inputs["old_entropy"]
+        if inputs["idle"]:
+            logp = logp + no_gradient(model)
+        else:
+            cut = Cut.of(input_ids, attention, scored, rows_in(scored), self.trim)
+            with self.accelerator.autocast():
+                found = cut.score(model, hint=expected_gradient(self.args, inputs, mask, inputs["effective"]))
+            logp = torch.where(scored, found.logp, logp)
+            entropy = torch.where(scored, found.entropy.detach(), entropy)
         self._count(inputs, logp, scored, scored)
         inputs["advantages"] = inputs["effective"]
         return logp, entropy, None
@@ -237,7 +269,7 @@ class EntropyTrainer(GRPOTrainer):
             logp=logps,
             old_logp=logps.detach() if on_policy else old_logp,
             entropy=entropies,
-            advantages=_per_token(inputs["advantages"]).expand(mask.shape),
+            advantages=per_token(inputs["advantages"]).expand(mask.shape),
             reward=inputs.get("reward", empty),
             group=inputs.get("group", empty.long()),
             step=self.state.global_step,
@@ -354,25 +386,14 @@ class EntropyTrainer(GRPOTrainer):
         super().log(logs, start_time)
 
     def _count(self, inputs: dict, logp: Tensor, scored: Tensor, live: Tensor) -> None:
-        """Shares of tokens: clipped on the side where PPO stops their gradient, scored by this loss, able to get gradient.
-
-        TRL's own clip series would count a masked token as not clipped, because its advantage has become 0.
-        """
-        if not self.model.training:
-            return
-        mask, old_logp = self._loss_mask(inputs).bool(), inputs.get("old_per_token_logps")
-        ratio = torch.ones_like(logp) if old_logp is None else (logp.detach() - old_logp).exp()
-        advantages = _per_token(inputs["advantages"])
-        low = (ratio < 1 - self.epsilon_low) & (advantages < 0)
-        high = (ratio > 1 + self.epsilon_high) & (advantages > 0)
-        self.meter.add(
-            {
-                "policy/clip_low": Mean.of(low.float(), scored & mask),
-                "policy/clip_high": Mean.of(high.float(), scored & mask),
-                "compute/scored": Mean.of(scored.float(), mask),
-                "compute/live": Mean.of(live.float(), mask),
-            }
-        )
+        if self.model.training:
+            mask, old_logp = self._loss_mask(inputs).bool(), inputs.get("old_per_token_logps")
+            ratio = torch.ones_like(logp) if old_logp is None else (logp.detach() - old_logp).exp()
+            clipped = clip_shares(
+                ratio, per_token(inputs["advantages"]), self.epsilon_low, self.epsilon_high, scored & mask
+            )
+            compute = {"compute/scored": Mean.of(scored.float(), mask), "compute/live": Mean.of(live.float(), mask)}
+            self.meter.add({**clipped, **compute})
 
     def _record(self, inputs: dict, tokens: TokenBatch, signal: Signal) -> None:
         decode = self.processing_class.batch_decode
@@ -392,8 +413,3 @@ class EntropyTrainer(GRPOTrainer):
 
 def _text(completion: str | list[dict]) -> str:
     return completion if isinstance(completion, str) else str(completion[-1]["content"])
-
-
-def _per_token(advantages: Tensor) -> Tensor:
-    """TRL's advantages are (B,), those of plug-ins (B, T)."""
-    return advantages if advantages.dim() == 2 else advantages[:, None]

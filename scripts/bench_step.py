@@ -106,7 +106,7 @@ def _trainer(kind: str, shape: dict, dtype: str):
             True
         )  # decides there whether only completion tokens are projected
     torch.manual_seed(0)
-    config = Qwen2Config(**shape, tie_word_embeddings=True, initializer_range=0.05, pad_token_id=0, use_cache=False)
+    config = Qwen2Config(**shape, tie_word_embeddings=True, pad_token_id=0, use_cache=False)
     model = Qwen2ForCausalLM(config).to({"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
     args = GRPOConfig(
         output_dir=tempfile.mkdtemp(),

@@ -141,6 +141,40 @@ def test_without_any_spread_the_gradient_is_zero_and_every_parameter_has_one(mod
         parameters(Watch, model, tmp_path, reward=lambda prompts, completions, **k: [1.0] * len(completions))
 
 
+@pytest.mark.parametrize("record", [True, False])
+def test_a_micro_batch_without_gradient_is_skipped_unless_the_whole_update_has_none(model, tmp_path, record):
+    """One group of four has spread at step 1, none at step 2: there the weights still have to decay."""
+    calls, tried = [], []
+
+    class Look(Ragged):
+        def _compute_loss(self, model, inputs):
+            tried.append(inputs["idle"])
+            hook = model.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+            try:
+                return super()._compute_loss(model, inputs)
+            finally:
+                hook.remove()
+
+    Look.record = record
+    rewards = iter([1.0, 0.0])
+
+    def one_group(prompts, completions, **columns):
+        spread = next(rewards)
+        return [spread * i if p == prompts[0] else 0.0 for i, p in enumerate(prompts)]
+
+    changes = {"weight_decay": 0.1, "max_steps": 2}
+    found, _ = parameters(
+        Look, model, tmp_path, {"mask": ForkMask(rho=0.5, scope="response")}, reward=one_group, **changes
+    )
+    assert tried == [True, False, False, False]
+    assert sum(calls) == 3 and (len(calls) == 3) == record  # without a record the entropies are still computed
+    rewards = iter([1.0, 0.0])
+    whole, _ = parameters(
+        Everything, model, tmp_path, {"mask": ForkMask(rho=0.5, scope="response")}, reward=one_group, **changes
+    )
+    assert_same(whole, found)
+
+
 def test_what_a_forward_sees(model, tmp_path):
     """Recorded: only rows with an advantage and a kept token, without the columns nobody needs."""
     shapes, scored = [], []
@@ -249,9 +283,15 @@ def test_order_by_length_keeps_rows_together():
         {"scored": s, "prompt_mask": torch.ones(3, 2), "row": torch.arange(3) + 10 * i, "n": torch.tensor(7.0)}
         for i, s in enumerate(scored)
     ]
-    ordered = by_length(batches, [lengths_of(b, b["scored"]) for b in batches])
-    lengths = torch.cat([lengths_of(b, b["scored"]) for b in ordered])
-    assert torch.equal(lengths, lengths.sort().values) and lengths[0] == 0
+    for b in batches:
+        b["live"] = b["scored"] & (b["row"] % 2 == 0)[:, None]
+    ordered = by_length(batches, [lengths_of(b, b["scored"], b["live"]) for b in batches])
+    live = torch.cat([b["live"].any(-1) for b in ordered])
+    assert torch.equal(live, live.sort().values) and 0 < live.sum() < 12  # those without gradient come first
+    lengths = torch.cat([lengths_of(b, b["scored"], torch.zeros_like(b["live"])) for b in ordered])
+    for part in (lengths[~live], lengths[live]):
+        assert torch.equal(part, part.sort().values)
+    assert lengths[0] == 0
     for batch in ordered:
         assert batch["n"] == 7 and len(batch["row"]) == 3
         for row, s in zip(batch["row"].tolist(), batch["scored"], strict=True):
