@@ -19,18 +19,27 @@ from rl.reduce import Reduce, Scope
 
 Denominator = Literal["all", "kept"]
 
-# What a plug-in may ask for beyond the fields every batch has.
-FIELDS = frozenset({"logp.grad", "entropy.grad", "old_entropy", "rank", "ref_logp", "full_kl", "rollout_entropy"})
-
-# What a plug-in says of itself, so that work whose gradient is zero can be left out (docs/performance.md).
-TRAITS = frozenset(
+# What a plug-in may ask for beyond the fields every batch has; "zero_advantage": completions of advantage 0 get a gradient too.
+NEEDS = frozenset(
     {
-        "current",  # reads logp, entropy or rank of the current policy; without it, what the rollout recorded stands for them
-        "zero_advantage",  # may give gradient to completions whose advantage is 0
-        "neighbours",  # what it does to a completion depends on the others of the micro-batch
+        "logp.grad",
+        "entropy.grad",
+        "old_entropy",
+        "rank",
+        "ref_logp",
+        "full_kl",
+        "rollout_entropy",
+        "zero_advantage",
     }
 )
-NEEDS = FIELDS | TRAITS
+
+# What a plug-in may promise, so that more of the work whose gradient is zero can be left out (docs/performance.md).
+PROMISES = frozenset(
+    {
+        "recorded",  # of the policy it reads only what the rollout recorded: not logp, entropy or rank of the current one
+        "alone",  # what it does to a completion does not depend on the others of the micro-batch
+    }
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,8 +151,8 @@ class Signal:
 class TokenPlugin(Protocol):
     """One method: ``rl/plugins/<name>.py`` + ``configs/plugin/<name>.yaml`` + ``tests/plugins/test_<name>.py``.
 
-    Optional beside it: ``state_dict() / load_state_dict(state)`` for controllers, ``check(run) -> list[str]`` for advice
-    before a run (``run`` is a :class:`RunFacts`).
+    Optional beside it: ``promises``, a subset of PROMISES; ``state_dict() / load_state_dict(state)`` for controllers;
+    ``check(run) -> list[str]`` for advice before a run (``run`` is a :class:`RunFacts`).
     """
 
     needs: frozenset[str]  # a subset of NEEDS
@@ -165,9 +174,8 @@ class RunFacts:
 
 
 __all__ = [
-    "FIELDS",
     "NEEDS",
-    "TRAITS",
+    "PROMISES",
     "Denominator",
     "Mean",
     "Penalty",

@@ -103,7 +103,7 @@ class _Head(torch.autograd.Function):
         ctx.call, ctx.compute, ctx.formed = call, compute, None
         needs = ctx.needs_input_grad[:3]
         ctx.kernel = None
-        with call.gathered(weight, bias):
+        with call.gathered(weight, bias):  # every rank, whichever way its own tokens take
             if kernel.usable(hidden):
                 stats, ctx.kernel = kernel.statistics(hidden, weight, bias, targets, call.rule)
                 if call.extras:
@@ -122,7 +122,8 @@ class _Head(torch.autograd.Function):
         hidden, weight, bias, targets, gradient, log_z, entropy = ctx.saved_tensors
         formed, ctx.formed = ctx.formed, None
         if formed is not None and (factor := _common_factor(gradient, g_logp, g_entropy)) is not None:
-            return *(None if f is None else f.mul_(factor) for f in formed), None, None, None
+            with ctx.call.gathered(weight, bias):  # not needed here, but by the ranks that have to compute
+                return *(None if f is None else f.mul_(factor) for f in formed), None, None, None
         incoming = [None if g is None else g.to(log_z.dtype) for g in (g_logp, g_entropy)]
         live = torch.zeros(len(targets), dtype=torch.bool, device=targets.device)
         for g in incoming:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -79,3 +79,12 @@ def clip_shares(ratio: Tensor, advantages: Tensor, low: float, high: float, wher
         "policy/clip_low": Mean.of(((ratio < 1 - low) & (advantages < 0)).float(), where),
         "policy/clip_high": Mean.of(((ratio > 1 + high) & (advantages > 0)).float(), where),
     }
+
+
+def distinct_answers(prompts: Sequence, completions: Sequence, answer: Callable[[str], str | None], device) -> Mean:
+    """Mean number of different answers to a prompt; completions are texts or chat messages."""
+    groups: dict[str, set] = {}
+    for prompt, completion in zip(prompts, completions, strict=True):
+        text = completion if isinstance(completion, str) else str(completion[-1]["content"])
+        groups.setdefault(str(prompt), set()).add(answer(text))
+    return Mean(*torch.tensor([float(sum(map(len, groups.values()))), float(len(groups))], device=device))

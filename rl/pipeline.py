@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rl.contract import NEEDS, Mean, RunFacts, Signal, TokenBatch, TokenPlugin
+from rl.contract import NEEDS, PROMISES, Mean, RunFacts, Signal, TokenBatch, TokenPlugin
 from rl.errors import ConfigError
 
 
@@ -20,15 +20,18 @@ class Pipeline:
         plugins: name -> plug-in; the name prefixes its metrics and penalties.
 
     Raises:
-        ConfigError: a plug-in needs something no batch has.
+        ConfigError: a plug-in needs something no batch has, or promises something nobody asks for.
     """
 
     def __init__(self, plugins: Mapping[str, TokenPlugin]):
         for name, plugin in plugins.items():
             if unknown := set(plugin.needs) - NEEDS:
                 raise ConfigError(f"plugin.{name} needs {sorted(unknown)}. Known needs: {sorted(NEEDS)}.")
+            if unknown := _promises(plugin) - PROMISES:
+                raise ConfigError(f"plugin.{name} promises {sorted(unknown)}. Known promises: {sorted(PROMISES)}.")
         self.plugins = dict(plugins)
         self.needs = frozenset().union(*(p.needs for p in self.plugins.values()))
+        self.promises = PROMISES.intersection(*map(_promises, self.plugins.values()))
 
     def __call__(self, tokens: TokenBatch) -> Signal:
         """The signal after all plug-ins, each one's metrics under ``plugin/<name>/``."""
@@ -76,6 +79,10 @@ class Pipeline:
         """Restore what ``state_dict`` gave; plug-ins without state are left alone."""
         for name, value in state.items():
             self.plugins[name].load_state_dict(value)
+
+
+def _promises(plugin: TokenPlugin) -> frozenset[str]:
+    return frozenset(getattr(plugin, "promises", ()))
 
 
 def _named(name: str, tokens: TokenBatch, before: Signal, after: Signal) -> Signal:

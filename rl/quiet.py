@@ -23,3 +23,8 @@ def quiet() -> None:
         warnings.filterwarnings("ignore", message=message)
     for name in ("trl", "accelerate", "math_verify"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("DeepSpeed").addFilter(_says_more_than_that_there_is_no_gpu)
+
+
+def _says_more_than_that_there_is_no_gpu(record: logging.LogRecord) -> bool:
+    return "Setting accelerator to CPU" not in str(record.msg)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from rl.contract import Signal, TokenBatch
 
@@ -82,3 +85,17 @@ class Recorder:
         count = min(count, len(rows))
         best = (count + 1) // 2
         return rows[:best] + rows[len(rows) - (count - best) :][::-1]
+
+
+def texts_of(
+    tokenizer: PreTrainedTokenizerBase, inputs: Mapping[str, Tensor], mask: Tensor, reward_names: Sequence[str]
+) -> dict[str, Any]:
+    """What ``observe`` wants to know beyond the tokens, of TRL's ``inputs`` whose trainable tokens are in ``mask``."""
+    prompts = [ids[m.bool()] for ids, m in zip(inputs["prompt_ids"], inputs["prompt_mask"], strict=True)]
+    completions = [ids[m] for ids, m in zip(inputs["completion_ids"], mask, strict=True)]
+    return {
+        "prompts": tokenizer.batch_decode(prompts, skip_special_tokens=True),
+        "completions": tokenizer.batch_decode(completions, skip_special_tokens=True),
+        "token_texts": [[tokenizer.decode(i) for i in ids] for ids in completions],
+        "rewards": {name: inputs["rewards_per_func"][:, i].tolist() for i, name in enumerate(reward_names)},
+    }

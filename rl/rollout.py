@@ -68,11 +68,14 @@ class NativeSampler:
 
     def __call__(self, prompts: list, trainer: GRPOTrainer) -> tuple[dict[str, Any], Recorded]:
         """What TRL's ``rollout_func`` returns, and the record of it."""
+        if trainer.is_fsdp_enabled:
+            raise ConfigError("rollout=native does not know weights sharded by FSDP. Use rollout=hf.")
         prompt_ids = trainer._tokenize_prompts(prompts)[0]
         with unwrap_model_for_generation(
             trainer.model_wrapped,
             trainer.accelerator,
             gather_deepspeed3_params=trainer.args.ds3_gather_for_generation,
+            gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,
         ) as model:
             drawn = draw(
                 model,
@@ -88,23 +91,32 @@ class NativeSampler:
 
 def supported(config: Any) -> bool:
     """Whether :func:`draw` knows the layers: a Llama or Qwen decoder without sliding windows or length-dependent positions."""
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    rope = (config.rope_parameters or {}).get("rope_type", "default") if config.model_type in FAMILIES else None
-    return kinds == {"full_attention"} and rope not in (None, "dynamic", "longrope")
+    known = config.model_type in FAMILIES and _kinds(config) == ["full_attention"]
+    return known and _rope(config) not in ("dynamic", "longrope")
+
+
+def _kinds(config: Any) -> list[str]:
+    return sorted(set(getattr(config, "layer_types", None) or ["full_attention"]))
+
+
+def _rope(config: Any) -> str:
+    return (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
 
 
 def check_native(config: Any, args: GRPOConfig) -> None:
     """Raise ConfigError for what the native sampler does not do, rather than sample from something else."""
     if not supported(config):
         raise ConfigError(
-            f"rollout=native does not know models of type {config.model_type} (or their sliding windows). Expected one of: "
-            f"{', '.join(FAMILIES)}. Use rollout=hf."
+            f"rollout=native does not know this model: type {config.model_type}, layers {_kinds(config)}, rope "
+            f"{_rope(config)}. Expected {', '.join(FAMILIES)} with full attention and a rope that does not depend on the "
+            "length. Use rollout=hf."
         )
     asked = {
         "trainer.repetition_penalty": args.repetition_penalty != 1.0,
         "trainer.generation_kwargs": bool(args.generation_kwargs),
         "trainer.cache_implementation": args.cache_implementation is not None,
         "trainer.use_vllm": args.use_vllm,
+        "trainer.ds3_gather_for_generation=false": not args.ds3_gather_for_generation,
         "trainer.use_transformers_continuous_batching": args.use_transformers_continuous_batching,
     }
     if found := [name for name, is_asked in asked.items() if is_asked]:
@@ -188,8 +200,10 @@ class _Decoder:
         self.body, self.head = model.base_model, model.get_output_embeddings()
         self.heads, self.groups = c.num_attention_heads, c.num_key_value_heads
         self.width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-        shape = (c.num_hidden_layers, rows, self.groups, columns, self.width)
-        self.keys, self.values = (torch.empty(shape, dtype=model.dtype, device=model.device) for _ in range(2))
+        self.shape = (c.num_hidden_layers, rows, self.groups, columns, self.width)
+        self.keys = self.values = (
+            None  # made when their dtype is known: an fp32 head tied to the embedding says nothing of it
+        )
         self.length = 0
         attention, mlp = [layer.self_attn for layer in self.body.layers], [layer.mlp for layer in self.body.layers]
         self.qkv = [_joined(a.q_proj, a.k_proj, a.v_proj) for a in attention]
@@ -225,6 +239,8 @@ class _Decoder:
         if self.qk_scale[i] is not None:
             qk = F.rms_norm(qk, (self.width,), eps=attn.q_norm.variance_epsilon) * self.qk_scale[i]
         q, k = _rotate(qk, cos, sin).split([self.heads, self.groups], 2)
+        if self.keys is None:
+            self.keys, self.values = k.new_empty(self.shape), v.new_empty(self.shape)
         end = self.length + new
         keys, values = self.keys[i, :rows, :, :end], self.values[i, :rows, :, :end]
         keys[:, :, self.length :], values[:, :, self.length :] = k.transpose(1, 2), v.transpose(1, 2)

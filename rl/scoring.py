@@ -148,7 +148,15 @@ def score(
 
 
 def base_of(model: nn.Module) -> nn.Module:
-    """The causal model itself, under its adapters if it has any."""
+    """The causal model itself, under its adapters if it has any.
+
+    Raises:
+        ConfigError: prompt tuning, which lives outside of it.
+    """
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise ConfigError(
+            "peft: prompt tuning puts tokens before the prompt, which entrl does not score. Use peft=lora."
+        )
     return model.get_base_model() if hasattr(model, "peft_config") else model
 
 

@@ -33,11 +33,13 @@ class Savings(NamedTuple):
     order_ahead: bool = False  # the same once the plug-ins have run
 
     @classmethod
-    def of(cls, args: GRPOConfig, needs: frozenset[str], entropy_bonus: bool, aux_loss: bool) -> Savings:
-        """From the loss options of TRL and what the plug-ins say they need."""
+    def of(
+        cls, args: GRPOConfig, needs: frozenset[str], promises: frozenset[str], *, aux_loss: bool, dropout: bool
+    ) -> Savings:
+        """From the loss options of TRL and what the plug-ins say of themselves; TRL's entropy bonus needs "entropy.grad"."""
         if aux_loss:  # every token counts in the balance of experts
             return cls()
-        penalty = entropy_bonus or bool(needs & {"entropy.grad", "logp.grad", "full_kl"})
+        penalty = bool(needs & {"entropy.grad", "logp.grad", "full_kl"})
         local = args.beta == 0 and not penalty
         tokens = (
             local
@@ -48,9 +50,10 @@ class Savings(NamedTuple):
         equal = args.loss_type != "bnpo" and not penalty and args.top_entropy_quantile == 1.0
         return cls(
             rows=local and "zero_advantage" not in needs and args.top_entropy_quantile == 1.0,
-            tokens=tokens,
-            stale=tokens and "current" not in needs and args.loss_type != "vespo",
-            order=equal and "neighbours" not in needs,
+            tokens=tokens
+            and (not dropout or "recorded" in promises),  # with dropout no forward repeats the rollout's values
+            stale=tokens and "recorded" in promises and args.loss_type != "vespo",
+            order=equal and "alone" in promises,
             order_ahead=equal,
         )
 
@@ -113,18 +116,28 @@ class Trim(NamedTuple):
 
     @classmethod
     def of(cls, text_config: Any, pad_to_multiple_of: int | None) -> Trim:
-        """Right padding has no influence on a causal model; left padding has none where positions are relative (rotary)."""
-        fixed = pad_to_multiple_of is not None  # asked for by the user, for the shapes
-        return cls(left=not fixed and _rotary(getattr(text_config, "rope_parameters", None)), right=not fixed)
+        """Right padding has no influence on a causal model; left padding has none where positions are relative (rotary).
+
+        Both have some where the frequencies depend on the width (dynamic, longrope). Queries that are scaled by their absolute
+        position (Ministral 3, Llama 4) are not relative.
+        """
+        ropes = _ropes(getattr(text_config, "rope_parameters", None))
+        if pad_to_multiple_of is not None or any(rope["rope_type"] in ("dynamic", "longrope") for rope in ropes):
+            return cls(False, False)  # a multiple is asked for by the user, for the shapes
+        absolute = any("llama_4_scaling_beta" in rope for rope in ropes) or getattr(
+            text_config, "attn_temperature_tuning", 0
+        )
+        return cls(left=bool(ropes) and not absolute, right=True)
 
 
-def _rotary(parameters: Any) -> bool:
-    """Whether all layers turn by position alone; dynamic and longrope scaling look at the length as well."""
+def _ropes(parameters: Any) -> list[Mapping[str, Any]]:
+    """The parameters of each kind of layer that turns by position, none if one does not."""
     if not isinstance(parameters, Mapping) or not parameters:
-        return False
+        return []
     if "rope_type" in parameters:
-        return parameters["rope_type"] not in ("dynamic", "longrope")
-    return all(_rotary(layer) for layer in parameters.values())
+        return [parameters]
+    kinds = [_ropes(kind) for kind in parameters.values()]
+    return [rope for kind in kinds for rope in kind] if all(kinds) else []
 
 
 def score_all(
@@ -179,6 +192,13 @@ def rows_in(where: Tensor) -> Tensor:
     """Indices of the rows with a token in ``where``; row 0 where there is none, so that every parameter gets its zero."""
     rows = where.any(-1).nonzero().squeeze(1)
     return rows if len(rows) else torch.zeros(1, dtype=torch.long, device=where.device)
+
+
+def has_dropout(model: nn.Module) -> bool:
+    """Whether two forwards in training may differ."""
+    modules = any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
+    config = model.config.get_text_config()
+    return modules or any(getattr(config, f"{kind}_dropout", None) for kind in ("attention", "hidden"))
 
 
 def no_gradient(model: nn.Module) -> Tensor:

@@ -26,9 +26,9 @@ from trl import GRPOConfig, GRPOTrainer
 from rl.callbacks.phase import StepPhase
 from rl.contract import Mean, RunFacts, Signal, TokenBatch
 from rl.dynamics import Dynamics, Histogram
-from rl.meter import Meter, clip_shares
+from rl.meter import Meter, clip_shares, distinct_answers
 from rl.pipeline import Pipeline
-from rl.recorder import Recorder
+from rl.recorder import Recorder, texts_of
 from rl.scoring import HiddenTap, Recorded, Reference, WithRank, add_scoring, base_of, refuse_logit_transforms
 from rl.seam import check_seam
 from rl.series import rename
@@ -38,6 +38,7 @@ from rl.sparsity import (
     Trim,
     by_length,
     expected_gradient,
+    has_dropout,
     lengths_of,
     no_gradient,
     per_token,
@@ -106,7 +107,10 @@ class EntropyTrainer(GRPOTrainer):
         self._rollout_step = -1  # optimizer steps done at the last rollout
         self._window: tuple[int, list[dict]] = (0, [])  # first micro-step, micro-batches of one optimizer step
         needs = pipeline.needs
-        self.savings = Savings.of(args, needs, self._entropy_bonus_enabled, self.aux_loss_enabled)
+        terms = needs | ({"entropy.grad"} if self._entropy_bonus_enabled else set())
+        self.savings = Savings.of(
+            args, terms, pipeline.promises, aux_loss=self.aux_loss_enabled, dropout=has_dropout(self.model)
+        )
         # several ranks, and engines that watch every parameter, call the model equally often
         self._skips_idle = self.accelerator.distributed_type == DistributedType.NO
         self.trim = Trim.of(self.model.config.get_text_config(), args.pad_to_multiple_of)
@@ -119,6 +123,7 @@ class EntropyTrainer(GRPOTrainer):
             refuse_logit_transforms(self.model.config, "plugin.entropy_band")
             self._ref = Reference(self.model, self.accelerator.device, self.temperature)
             self._tap = HiddenTap(self.model)
+        self._trims_loss = not (self._is_vlm or self.aux_loss_enabled or self._tap is not None)
         self.add_callback(StepPhase(self))
         self.remove_callback(PrinterCallback)  # the sinks say it once, and under entrl's names
 
@@ -142,12 +147,12 @@ class EntropyTrainer(GRPOTrainer):
         batches = [dict(batch) for batch in self._buffered_inputs[at : at + size]]
         fresh = self.state.global_step == self._rollout_step
         ahead = self.savings.tokens if fresh else self.savings.stale
-        ahead = ahead and all(self._recorded(batch) and "num_images" not in batch for batch in batches)
+        ahead = ahead and not self._is_vlm and all(map(self._recorded, batches))
         if ahead:
             for batch in batches:
                 self._run_ahead(batch)
         order = self.savings.order_ahead if ahead else self.savings.order
-        if size > 1 and order and "num_images" not in batches[0]:
+        if size > 1 and order and not self._is_vlm:
             batches = by_length(
                 batches, [lengths_of(batch, self._scored(batch), self._live(batch)) for batch in batches]
             )
@@ -203,10 +208,9 @@ class EntropyTrainer(GRPOTrainer):
         """
         # *args, **kwargs: TRL's own further parameters, handed on untouched; their list changes with every release.
         inputs, rank, out = self._open, "rank" in self.pipeline.needs, None
-        images = any(value is not None for name, value in kwargs.items() if not name.startswith(("compute", "batch")))
         if inputs is not None and "effective" in inputs:
             return self._forward_ahead(model, inputs, input_ids, attention_mask)
-        if inputs is None and not images:
+        if inputs is None and not self._is_vlm:
             scored = attention_mask[:, -logits_to_keep:].bool()
             size = kwargs.get("batch_size") or len(input_ids)
             with self.accelerator.autocast():
@@ -215,9 +219,9 @@ class EntropyTrainer(GRPOTrainer):
                 )
             if self._passes is not None and model is self.model:
                 self._passes.append(found)
-        elif inputs is not None and self.savings.rows and self.model.training and not images:
+        elif inputs is not None and self._trims_loss:
             scored = self._scored(inputs)
-            live = rows_in(self._live(inputs)) if not inputs["idle"] else None
+            live = None if inputs.get("idle") else rows_in(self._live(inputs))
             with self.accelerator.autocast():
                 found = score_live(model, input_ids, attention_mask, scored, live, self.trim, rank)
         else:
@@ -255,7 +259,8 @@ class EntropyTrainer(GRPOTrainer):
             logp = torch.where(scored, found.logp, logp)
             entropy = torch.where(scored, found.entropy.detach(), entropy)
         self._count(inputs, logp, scored, scored)
-        inputs["advantages"] = inputs["effective"]
+        if self.pipeline.plugins:
+            inputs["advantages"] = inputs["effective"]
         return logp, entropy, None
 
     def _token_batch(self, inputs, logps: Tensor, entropies: Tensor, rank, kl) -> TokenBatch:
@@ -289,7 +294,8 @@ class EntropyTrainer(GRPOTrainer):
             self.meter.add(signal.metrics)
             self.dynamics.observe(tokens, signal, self._lr())
             if self.recorder is not None and self.recorder.due(self.state.global_step + 1):
-                self._record(inputs, tokens, signal)
+                texts = texts_of(self.processing_class, inputs, tokens.mask, self.reward_func_names)
+                self.recorder.observe(self.state.global_step + 1, tokens, signal, **texts)
         return signal
 
     @staticmethod
@@ -344,17 +350,14 @@ class EntropyTrainer(GRPOTrainer):
             if values is not None:
                 values = torch.nn.functional.pad(values, (0, ids.shape[1] - values.shape[1]))
                 output[name] = values.masked_fill(output["completion_mask"] == 0, 0)
-        if wanted:
+        if wanted and self.model.training:
             self._rollout_entropy = output["old_entropy"][mask]
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         self._rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         if self.answer is not None and self.model.training:
-            groups: dict[str, set] = {}
-            for prompt, completion in zip(prompts, completions, strict=True):
-                groups.setdefault(str(prompt), set()).add(self.answer(_text(completion)))
-            distinct = torch.tensor([float(sum(map(len, groups.values()))), float(len(groups))])
-            self.meter.add({"rollout/distinct_answers": Mean(*distinct.to(self.accelerator.device))})
+            distinct = distinct_answers(prompts, completions, self.answer, self.accelerator.device)
+            self.meter.add({"rollout/distinct_answers": distinct})
         return self._rewards
 
     # ---- reporting --------------------------------------------------------------------------------------------------
@@ -394,22 +397,3 @@ class EntropyTrainer(GRPOTrainer):
             )
             compute = {"compute/scored": Mean.of(scored.float(), mask), "compute/live": Mean.of(live.float(), mask)}
             self.meter.add({**clipped, **compute})
-
-    def _record(self, inputs: dict, tokens: TokenBatch, signal: Signal) -> None:
-        decode = self.processing_class.batch_decode
-        prompts = [ids[m.bool()] for ids, m in zip(inputs["prompt_ids"], inputs["prompt_mask"], strict=True)]
-        completions = [ids[m] for ids, m in zip(tokens.ids, tokens.mask, strict=True)]
-        per_func = inputs["rewards_per_func"]
-        self.recorder.observe(
-            self.state.global_step + 1,
-            tokens,
-            signal,
-            prompts=decode(prompts, skip_special_tokens=True),
-            completions=decode(completions, skip_special_tokens=True),
-            token_texts=[[self.processing_class.decode(i) for i in ids] for ids in completions],
-            rewards={name: per_func[:, i].tolist() for i, name in enumerate(self.reward_func_names)},
-        )
-
-
-def _text(completion: str | list[dict]) -> str:
-    return completion if isinstance(completion, str) else str(completion[-1]["content"])

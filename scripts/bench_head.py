@@ -5,9 +5,10 @@
     python scripts/bench_head.py --scaling        # cost against tokens and against the vocabulary
 
 full: every token has a gradient. mask20: every fifth has one. known: the same, and the mask is known before the forward.
-hint, full_hint: the gradient itself is known up to a factor as well, so that it is formed in the forward (one product less). floor:
-matrix products of the same shapes, as many as the case cannot do without: 4 for full, 1 + 3/5 for mask20, 4/5 for known, 3 and 3/5
-with the hint. Ratios are the peer's over entrl's, except those over the floor: entrl's CPU seconds over the floor's.
+hint, full_hint: the gradient itself is known up to a factor as well, so that it is formed in the forward (one product less).
+floor: matrix products of the same shapes, as many as the case cannot do without: 4 for full, 1 + 3/5 for mask20, 4/5 for known,
+3 and 3/5 with the hint. work_mb: peak memory beyond the gradients of hidden and weight themselves. Ratios are the peer's over
+entrl's, except those over the floor: entrl's CPU seconds over the floor's.
 """
 
 from __future__ import annotations
@@ -76,6 +77,7 @@ def case(peer: str, dtype: str, which: str, sizes: dict, threads: int) -> dict:
     out = {}
     with measured(out):
         (function(hidden, weight, targets, hint) * upstream).sum().backward()
+    out["work_mb"] = out["peak_mb"] - sum(x.numel() * x.element_size() for x in (hidden, weight)) / 1e6
     return out
 
 

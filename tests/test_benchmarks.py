@@ -20,7 +20,7 @@ def test_head_cases_run(which):
 
     for dtype in ("fp32", "bf16"):
         row = bench_head.case("entrl", dtype, which, {"tokens": 20, "width": 8, "vocab": 50}, threads=1)
-        assert set(row) == {"cpu_s", "wall_s", "peak_mb"} and row["cpu_s"] > 0
+        assert set(row) == {"cpu_s", "wall_s", "peak_mb", "work_mb"} and row["cpu_s"] > 0
     if which != "full_hint":
         bench_head.case("floor", "fp32", which, {"tokens": 20, "width": 8, "vocab": 50}, threads=1)
 

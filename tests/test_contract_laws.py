@@ -167,18 +167,22 @@ def test_empty_and_single_token_batches(plugin, shape):
         assert loss_from_signal(tokens, signal).isfinite()
 
 
-def test_who_does_not_need_the_current_policy_does_not_look_at_it(plugin):
-    if "current" in plugin.needs:
-        pytest.skip("says that it does")
+def promises(plugin):
+    return getattr(plugin, "promises", ())
+
+
+def test_who_promises_to_read_the_record_does_not_look_at_the_current_policy(plugin):
+    if "recorded" not in promises(plugin):
+        pytest.skip("does not promise it")
     _, tokens = batch()
     moved = replace(tokens, logp=tokens.logp - 0.5, entropy=tokens.entropy + 1.0, rank=tokens.rank + 1)
     a, b = (plugin(t, Signal.start(t)) for t in (tokens, moved))
     assert torch.equal(a.effective, b.effective)
 
 
-def test_who_has_no_neighbours_treats_each_completion_alone(plugin):
-    if "neighbours" in plugin.needs:
-        pytest.skip("says that it looks at the others")
+def test_who_promises_it_treats_each_completion_alone(plugin):
+    if "alone" not in promises(plugin):
+        pytest.skip("does not promise it")
     _, tokens = batch()
     together = plugin(tokens, Signal.start(tokens)).effective
     for i in range(len(tokens.mask)):

@@ -40,7 +40,7 @@ class FixedRollouts(EntropyTrainer):
 class Weighted:
     """A statistic of the whole world inside a plug-in."""
 
-    needs, neutral = frozenset({"current", "neighbours"}), {}
+    needs, neutral = frozenset(), {}
 
     def __call__(self, tokens: TokenBatch, signal: Signal) -> Signal:
         mean = tokens.reduce.mean(tokens.entropy, "world")

@@ -67,12 +67,9 @@ class EntropyBand:
                 raise ConfigError(f"plugin.entropy_band.{key}={value} would reward what it penalises. Expected >= 0.")
         self.version, self.selector, self.fraction = version, selector, fraction
         self.coef_low, self.coef_high, self.kl_coef = coef_low, coef_high, kl_coef
-        self.needs = frozenset(
-            ["current"]
-            + (["entropy.grad"] if coef_low or coef_high else [])
-            + (["full_kl"] if kl_coef else [])
-            + (["neighbours"] if version == "v1" else []),  # its denominator is the micro-batch's selected tokens
-        )
+        self.needs = frozenset((["entropy.grad"] if coef_low or coef_high else []) + (["full_kl"] if kl_coef else []))
+        # the denominator of v1 is the micro-batch's selected tokens
+        self.promises = frozenset({"alone"} if version != "v1" else ())
 
     def __call__(self, tokens: TokenBatch, signal: Signal) -> Signal:
         h = tokens.entropy.detach()

@@ -60,10 +60,11 @@ class ForkMask:
         one_of("fork_mask.policy", policy, get_args(Policy))
         self.rho, self.selector, self.scope, self.denominator, self.keep = rho, selector, scope, denominator, keep
         self.policy = policy
-        needs = {"current" if policy == "current" else "old_entropy"}
-        needs |= {"rollout_entropy"} if scope == "rollout" else set()
-        needs |= {"neighbours"} if scope in ("micro", "world") or denominator == "kept" else set()
-        self.needs = frozenset(needs)
+        needs = {"old_entropy"} if policy == "rollout" else set()
+        self.needs = frozenset(needs | ({"rollout_entropy"} if scope == "rollout" else set()))
+        promises = {"recorded"} if policy == "rollout" else set()
+        alone = scope in ("response", "rollout") and denominator == "all"
+        self.promises = frozenset(promises | ({"alone"} if alone else set()))
 
     def __call__(self, tokens: TokenBatch, signal: Signal) -> Signal:
         forking = self._forking(tokens)

@@ -41,7 +41,7 @@ class RankShaping:
         if not (isinstance(k, int) and k >= 0):
             raise ConfigError(f"plugin.rank_shaping.k={k} is no count. Expected an integer >= 0; the paper's is 100.")
         self.beta, self.lam_head, self.lam_tail, self.k = beta, lam_head, lam_tail, k
-        self.needs = frozenset({"current", "rank"} if lam_head or lam_tail else {"current"})
+        self.needs, self.promises = frozenset({"rank"} if lam_head or lam_tail else ()), frozenset({"alone"})
 
     @torch.no_grad()
     def __call__(self, tokens: TokenBatch, signal: Signal) -> Signal:

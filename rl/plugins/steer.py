@@ -67,7 +67,8 @@ class Steer:
         self.mapping, self.form, self.scope = mapping, form, scope
         self.w_min, self.w_max = w_min, w_max
         self.epsilon_low, self.epsilon_high = epsilon_low, epsilon_high
-        self.needs = frozenset({"old_entropy", "current"} | ({"neighbours"} if scope != "response" else set()))
+        self.needs = frozenset({"old_entropy"})
+        self.promises = frozenset({"alone"} if scope == "response" else ())
 
     @torch.no_grad()
     def __call__(self, tokens: TokenBatch, signal: Signal) -> Signal:

@@ -129,10 +129,10 @@ def test_no_gradient_at_the_reference_or_inside_the_band():
 
 
 def test_needs_follow_the_coefficients():
-    assert EntropyBand().needs == {"current", "entropy.grad", "full_kl"}
-    assert EntropyBand(kl_coef=0).needs == {"current", "entropy.grad"}
-    assert EntropyBand(coef_low=0, coef_high=0, kl_coef=0).needs == {"current"}
-    assert "neighbours" in EntropyBand(version="v1").needs
+    assert EntropyBand().needs == {"entropy.grad", "full_kl"} and EntropyBand().promises == {"alone"}
+    assert EntropyBand(kl_coef=0).needs == {"entropy.grad"}
+    assert not EntropyBand(coef_low=0, coef_high=0, kl_coef=0).needs
+    assert not EntropyBand(version="v1").promises
 
 
 @pytest.mark.parametrize(

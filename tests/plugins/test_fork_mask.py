@@ -101,7 +101,7 @@ def test_rollout_scope_takes_the_recorded_threshold():
     for selector in ("quantile", "topk"):
         signal = ForkMask(rho=0.2, selector=selector, scope="rollout")(batch, Signal.start(batch))
         assert signal.keep.tolist() == [[False, True, False], [False, False, False]]
-    assert ForkMask(scope="rollout").needs == {"current", "rollout_entropy"}
+    assert ForkMask(scope="rollout").needs == {"rollout_entropy"}
 
 
 def test_empty_micro_batch_keeps_nothing_and_has_a_finite_loss():
@@ -122,8 +122,9 @@ def test_refuses(bad):
         ForkMask(**bad)
 
 
-def test_needs_say_whose_entropy_and_who_is_compared():
-    assert ForkMask().needs == {"current", "neighbours"}
-    assert ForkMask(scope="response").needs == {"current"}
-    assert ForkMask(scope="response", denominator="kept").needs == {"current", "neighbours"}
+def test_needs_and_promises_say_whose_entropy_and_who_is_compared():
+    assert not ForkMask().needs and not ForkMask().promises
+    assert ForkMask(scope="response").promises == {"alone"}
+    assert not ForkMask(scope="response", denominator="kept").promises
+    assert ForkMask(policy="rollout", scope="rollout").promises == {"recorded", "alone"}
     assert ForkMask(policy="rollout", scope="rollout").needs == {"old_entropy", "rollout_entropy"}

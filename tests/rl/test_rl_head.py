@@ -1,6 +1,7 @@
 """The head against float64 autograd on full logits."""
 
 import math
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -187,6 +188,22 @@ def test_gradient_known_beforehand(rule, share, monkeypatch):
     gs[1] = 0.0
     monkeypatch.setattr(head, "_backward", None)  # nothing is computed again
     compare(*case(), rule, gs=gs, gradient=-2.5 * gs[0])
+
+
+@pytest.mark.parametrize("hint", ["none", "right", "wrong"])
+def test_the_weight_is_gathered_once_each_way_whatever_this_ranks_tokens_do(hint):
+    entered = []
+
+    @contextmanager
+    def gathered(*parameters):
+        entered.append(len(parameters))
+        yield
+
+    gs = upstream(23)
+    gs[1] = 0.0
+    gradient = {"none": None, "right": gs[0], "wrong": gs[0] + 0.1}[hint]
+    compare(*case(), gs=gs, gradient=gradient, gathered=gathered)
+    assert entered == [2, 2]
 
 
 def test_a_wrong_hint_changes_no_gradient():

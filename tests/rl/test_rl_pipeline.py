@@ -90,6 +90,16 @@ def test_audit_counts_what_each_kind_of_act_touched():
     )
 
 
+def test_unknown_promises_are_refused_and_a_promise_counts_when_all_give_it():
+    a, b = Constant(None), Constant(None)
+    assert Pipeline({}).promises == {"recorded", "alone"} and not Pipeline({"a": a}).promises
+    a.promises, b.promises = frozenset({"alone", "recorded"}), frozenset({"alone"})
+    assert Pipeline({"a": a, "b": b}).promises == {"alone"}
+    a.promises = frozenset({"fast"})
+    with pytest.raises(ConfigError, match="plugin.it promises .'fast'"):
+        Pipeline({"it": a})
+
+
 def test_unknown_needs_are_refused():
     plugin = Constant(lambda t, s: s)
     plugin.needs = frozenset({"logits"})

@@ -65,6 +65,20 @@ def test_greedy_is_generate(model, prompts):
     assert torch.equal(drawn.ids, expected)
 
 
+def test_an_fp32_head_tied_to_the_embedding_of_a_bf16_model():
+    """As TRL's cast_lm_head_to_fp32 leaves it: the first parameter's dtype is not that of the layers."""
+    model = FAMILIES["qwen3"](vocab_size=43, **{**SIZES, "tie_word_embeddings": True}).eval().bfloat16()
+    model.model.embed_tokens.float()
+    model.model.embed_tokens.register_forward_hook(lambda module, args, output: output.bfloat16())
+    model.lm_head.register_forward_pre_hook(lambda module, args: (args[0].float(),))
+    drawn = draw(model, PROMPTS, max_new_tokens=5, ends=[2], pad=0)
+    ids, attention = padded(PROMPTS)
+    both = torch.cat([ids, drawn.ids], 1), torch.cat([attention, drawn.mask.long()], 1)
+    logits = model(input_ids=both[0], attention_mask=both[1]).logits[:, ids.shape[1] - 1 : -1].float()
+    expected = logits.log_softmax(-1).gather(-1, drawn.ids[..., None]).squeeze(-1) * drawn.mask
+    torch.testing.assert_close(drawn.recorded.logp, expected, rtol=0.05, atol=0.1)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_the_record_is_what_a_second_forward_finds(model, temperature):
     torch.manual_seed(0)

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PromptTuningConfig
 
-from rl.contract import Signal, TokenBatch
+from rl.contract import PROMISES, Signal, TokenBatch
 from rl.errors import ConfigError
 from rl.plugins.entropy_band import EntropyBand
 from rl.plugins.fork_mask import ForkMask
@@ -175,8 +175,9 @@ def test_a_micro_batch_without_gradient_is_skipped_unless_the_whole_update_has_n
     assert_same(whole, found)
 
 
-def test_what_a_forward_sees(model, tmp_path):
-    """Recorded: only rows with an advantage and a kept token, without the columns nobody needs."""
+@pytest.mark.parametrize(("changes", "share"), [({}, 0.6), ({"beta": 0.1}, 0.95)], ids=["plain", "KL"])
+def test_what_a_forward_sees(model, tmp_path, changes, share):
+    """Recorded: only rows with an advantage and a kept token, without the columns nobody needs; with KL the latter only."""
     shapes, scored = [], []
 
     class Look(Ragged):
@@ -191,16 +192,16 @@ def test_what_a_forward_sees(model, tmp_path):
             finally:
                 hook.remove()
 
-    parameters(Look, model, tmp_path, {"mask": ForkMask(rho=0.2)})
+    parameters(Look, model, tmp_path, {"mask": ForkMask(rho=0.2, scope="response")}, **changes)
     assert all(a == b for a, b in scored) and sum(a for a, _ in scored) > 0
     full = sum(c[0] * (c[1] + p[1]) for _, c, p in shapes)
-    assert sum(s[0] * s[1] for s, _, _ in shapes) < 0.6 * full
+    assert sum(s[0] * s[1] for s, _, _ in shapes) < share * full
 
 
 class Adds(ForkMask):
     """Gives gradient to completions whose advantage is 0."""
 
-    needs = frozenset({"current"})
+    needs = frozenset()
 
     def __init__(self):
         pass
@@ -213,7 +214,7 @@ def test_a_plugin_that_moves_rows_without_advantage_must_say_so(model, tmp_path)
     with pytest.raises(ConfigError, match="zero_advantage"):
         parameters(InPass, model, tmp_path, {"adds": Adds()})
     honest = Adds()
-    honest.needs = frozenset({"current", "zero_advantage"})
+    honest.needs = frozenset({"zero_advantage"})
     whole, _ = parameters(Everything, model, tmp_path, {"adds": honest})
     for cls in (InPass, Ragged):
         assert_same(whole, parameters(cls, model, tmp_path, {"adds": honest})[0])
@@ -233,6 +234,32 @@ def test_a_penalty_without_gradient_is_refused(model, tmp_path):
     whole, _ = parameters(Everything, model, tmp_path, {"pen": honest})
     for cls in (InPass, Ragged):
         assert_same(whole, parameters(cls, model, tmp_path, {"pen": honest})[0])
+
+
+def test_vespos_series_are_trls_without_a_plugin(model, tmp_path):
+    """TRL averages some series over the shape of the advantages it was given."""
+    found = [
+        parameters(cls, model, tmp_path, loss_type="vespo")[1].state.log_history for cls in (Everything, Recording)
+    ]
+    for a, b in zip(*found, strict=True):
+        series = [name for name in a if name.startswith("vespo/")]
+        assert bool(series) == ("loss" in a) and {n: b[n] for n in series} == pytest.approx({n: a[n] for n in series})
+
+
+def test_with_dropout_the_record_is_not_taken_for_the_forward(model, tmp_path):
+    class Drops(Recording):
+        def __init__(self, model, **kwargs):
+            model.config.attention_dropout = 0.1
+            super().__init__(model=model, **kwargs)
+
+    assert not parameters(Drops, model, tmp_path, {"mask": ForkMask(rho=0.3)})[1].calls
+    assert parameters(Drops, model, tmp_path, {"mask": ForkMask(rho=0.3, policy="rollout")})[1].calls
+
+
+def test_prompt_tuning_is_refused(model, tmp_path):
+    peft = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    with pytest.raises(ConfigError, match="peft: prompt tuning"):
+        make_trainer(EntropyTrainer, model, tmp_path, extra={"peft_config": peft})
 
 
 def test_the_old_policys_pass_is_trimmed_too(model, tmp_path):
@@ -299,33 +326,40 @@ def test_order_by_length_keeps_rows_together():
 
 
 @pytest.mark.parametrize(
-    ("rope", "left"),
+    ("rope", "left", "right"),
     [
-        ({"rope_type": "default", "rope_theta": 1e4}, True),
-        ({"rope_type": "yarn"}, True),
-        ({"rope_type": "dynamic"}, False),
-        ({"full": {"rope_type": "default"}, "sliding": {"rope_type": "longrope"}}, False),
-        (None, False),
+        ({"rope_type": "default", "rope_theta": 1e4}, True, True),
+        ({"rope_type": "yarn"}, True, True),
+        ({"full": {"rope_type": "default"}, "sliding": {"rope_type": "yarn"}}, True, True),
+        ({"rope_type": "yarn", "llama_4_scaling_beta": 0.1}, False, True),
+        ({"rope_type": "dynamic"}, False, False),
+        ({"full": {"rope_type": "default"}, "sliding": {"rope_type": "longrope"}}, False, False),
+        (None, False, True),
     ],
 )
-def test_left_padding_goes_only_where_positions_are_relative(rope, left):
+def test_padding_goes_only_where_it_has_no_influence(rope, left, right):
     config = type("Config", (), {"rope_parameters": rope})()
-    assert Trim.of(config, None) == Trim(left, True)
+    assert Trim.of(config, None) == Trim(left, right)
     assert Trim.of(config, 8) == Trim(False, False)
+    config.attn_temperature_tuning = True
+    assert Trim.of(config, None) == Trim(False, right)
 
 
 def test_what_may_be_saved(tmp_path):
-    def of(needs=(), bonus=False, aux=False, **changes):
-        return Savings.of(grpo_config(tmp_path, **changes), frozenset(needs), bonus, aux)
+    def of(needs=(), promises=PROMISES, aux=False, dropout=False, **changes):
+        args = grpo_config(tmp_path, **changes)
+        return Savings.of(args, frozenset(needs), promises, aux_loss=aux, dropout=dropout)
 
     assert of() == Savings(True, True, True, True, True)
     assert of(aux=True) == Savings()
-    assert of({"current"}).tokens and not of({"current"}).stale
-    assert of({"neighbours"}).order_ahead and not of({"neighbours"}).order
+    assert of(promises={"alone"}) == Savings(True, True, False, True, True)
+    assert of(promises={"recorded"}) == Savings(True, True, True, False, True)
+    assert of(promises={"alone"}, dropout=True) == Savings(rows=True, order=True, order_ahead=True)
+    assert of(dropout=True) == of()
     assert not of(loss_type="bnpo").order_ahead and of(loss_type="bnpo").tokens
     assert not of(loss_type="vespo").stale and of(loss_type="vespo").rows
     assert not of({"zero_advantage"}).rows and of({"zero_advantage"}).tokens
-    for found in (of({"entropy.grad"}), of({"logp.grad"}), of({"full_kl"}), of(bonus=True)):
+    for found in (of({"entropy.grad"}), of({"logp.grad"}), of({"full_kl"})):
         assert found == Savings()
     assert of(beta=0.1) == Savings(order=True, order_ahead=True)
     assert of(importance_sampling_level="sequence") == Savings(rows=True, order=True, order_ahead=True)

@@ -31,16 +31,16 @@ class Spy:
 
     neutral = {}
 
-    def __init__(self, needs=()):
-        self.needs, self.seen = frozenset(needs), []
+    def __init__(self, needs=(), promises=()):
+        self.needs, self.promises, self.seen = frozenset(needs), frozenset(promises), []
 
     def __call__(self, tokens: TokenBatch, signal: Signal) -> Signal:
         self.seen.append(tokens)
         return signal
 
 
-def watch(model, tmp_path, needs=(), **changes):
-    spy = Spy(needs)
+def watch(model, tmp_path, needs=(), promises=(), **changes):
+    spy = Spy(needs, promises)
     trainer = make_trainer(EntropyTrainer, model, tmp_path, {"spy": spy}, **changes)
     trainer.train()
     return spy.seen, trainer
@@ -54,7 +54,7 @@ def test_on_policy_the_old_policy_is_the_current_one(model, tmp_path):
 
 
 def test_off_policy_the_old_entropies_belong_to_the_rollouts_policy(model, tmp_path):
-    seen, _ = watch(model, tmp_path, needs={"current"}, **OFF_POLICY)
+    seen, _ = watch(model, tmp_path, **OFF_POLICY)
     assert not any(t.on_policy for t in seen)
     first, later = seen[0], seen[-1]
     m = first.mask
@@ -63,8 +63,8 @@ def test_off_policy_the_old_entropies_belong_to_the_rollouts_policy(model, tmp_p
     assert (later.entropy - later.old_entropy)[later.mask].abs().max() > 1e-3
 
 
-def test_without_current_a_plugin_sees_what_the_rollout_recorded(model, tmp_path):
-    seen, _ = watch(model, tmp_path, **OFF_POLICY)
+def test_who_promises_to_read_the_record_sees_what_the_rollout_recorded(model, tmp_path):
+    seen, _ = watch(model, tmp_path, promises={"recorded"}, **OFF_POLICY)
     assert all(torch.equal(t.entropy, t.old_entropy) and torch.equal(t.logp, t.old_logp) for t in seen)
 
 
@@ -180,7 +180,7 @@ def test_an_all_truncated_batch_logs_no_entropy_instead_of_zero(model, tmp_path)
 def test_clip_share_is_over_all_trainable_tokens_whatever_the_mask(model, tmp_path):
     """TRL's own series would see no clipped token where a plug-in made the advantage 0."""
     plain = logged(model, tmp_path, **OFF_POLICY)
-    masked = logged(model, tmp_path, {"m": _Mute({"current"})}, **OFF_POLICY)
+    masked = logged(model, tmp_path, {"m": _Mute()}, **OFF_POLICY)
     assert sum(m["policy/clip_high"] + m["policy/clip_low"] for _, m, _ in plain) > 0
     assert all(
         m.get("policy/clip_high", 0) == 0 for _, m, _ in masked
