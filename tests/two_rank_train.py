@@ -85,6 +85,7 @@ def main(model: str, out: str, which: str) -> None:
         **({"ddp_backend": "gloo", "use_cpu": not ZERO} if world > 1 else {}),
     )
     trainer.train()
+    assert not ZERO or trainer.model.lm_head.weight.numel() == 0  # each rank holds its part only, elsewhere
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # under ZeRO-3 every rank has a part
     if trainer.accelerator.is_main_process:
         torch.save({k: v.clone() for k, v in weights.items()}, f"{out}.pt")
