@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -170,7 +171,7 @@ def sampler(cfg: DictConfig, model: PreTrainedModel, args: GRPOConfig, pipeline:
     """What draws the completions; None leaves it to TRL.
 
     Raises:
-        ConfigError: an unknown backend, or a model or an option that the native one does not know.
+        ConfigError: an unknown backend, vLLM missing, or a model or an option that the native one does not know.
     """
     backend = cfg.rollout.backend
     if backend not in _BACKENDS:
@@ -179,6 +180,10 @@ def sampler(cfg: DictConfig, model: PreTrainedModel, args: GRPOConfig, pipeline:
         raise ConfigError(
             f"rollout.backend={backend} and trainer.use_vllm={args.use_vllm} contradict each other. "
             "Choose with rollout=hf, native, vllm_colocate or vllm_server."
+        )
+    if backend == "vllm" and find_spec("vllm") is None:
+        raise ConfigError(
+            'rollout.backend=vllm: vLLM is not installed. Run pip install "entrl[vllm]", or use rollout=hf.'
         )
     return NativeSampler(model.config, args, rank="rank" in pipeline.needs) if backend == "native" else None
 

@@ -267,6 +267,9 @@ def test_a_reward_that_breaks_later_leaves_a_failed_run_that_says_why(tmp_path, 
         (["run.dir=/proc/x"], "run.dir=/proc/x cannot be written"),
         (["data.answer=null"], "data.answer is not set"),
         (["logger.mode=foo"], "logger.mode=foo is not known"),
+        (["rollout=foo"], "rollout=foo does not exist"),
+        (["trainer.repetition_penalty=1.1"], "rollout=native does not know trainer.repetition_penalty"),
+        (["trainer.use_vllm=true"], "contradict each other"),
     ],
     ids=str,
 )
@@ -305,3 +308,9 @@ def test_config_of_a_run_is_the_resolved_one(tmp_path):
     written = yaml.safe_load((tmp_path / "it" / "config.yaml").read_text())
     assert written["plugin"]["fork_mask"]["rho"] == 0.3 and "${" not in (tmp_path / "it" / "config.yaml").read_text()
     assert compose().plugin.fork_mask.rho == 0.2
+
+
+@pytest.mark.parametrize("rollout", ["vllm_colocate", "vllm_server"])
+def test_without_vllm_its_rollouts_are_refused_before_anything_is_written(tmp_path, capsys, monkeypatch, rollout):
+    monkeypatch.setattr("rl.build.find_spec", lambda name: None)
+    assert "vLLM is not installed" in fails(capsys, "train", f"run.dir={tmp_path}/runs", f"rollout={rollout}")
