@@ -157,7 +157,8 @@ class EntropyTrainer(GRPOTrainer):
                 batches, [lengths_of(batch, self._scored(batch), self._live(batch)) for batch in batches]
             )
         # a micro-batch without gradient is skipped, where another one of the same update brings every parameter its gradient
-        idle = [self._skips_idle and not self._live(batch).any() for batch in batches]
+        may_skip = self._skips_idle and (ahead or self.savings.rows)
+        idle = [may_skip and not self._live(batch).any() for batch in batches]
         for batch, is_idle in zip(batches, idle, strict=True):
             batch["idle"] = is_idle and not all(idle)
         return batches

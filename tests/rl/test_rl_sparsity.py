@@ -175,6 +175,22 @@ def test_a_micro_batch_without_gradient_is_skipped_unless_the_whole_update_has_n
     assert_same(whole, found)
 
 
+def test_a_micro_batch_without_trainable_tokens_is_no_stumbling_block_for_a_penalty(model, tmp_path):
+    """Its penalty is 0, but still has to find entropies with gradient."""
+
+    class FirstEmpty(Ragged):
+        def _next_window(self):
+            self._buffered_inputs[0]["completion_mask"] = torch.zeros_like(self._buffered_inputs[0]["completion_mask"])
+            return super()._next_window()
+
+    class WholeFirstEmpty(FirstEmpty, Everything):
+        pass
+
+    plugins = {"band": EntropyBand(kl_coef=0.0)}
+    whole, found = (parameters(cls, model, tmp_path, plugins)[0] for cls in (WholeFirstEmpty, FirstEmpty))
+    assert_same(whole, found)
+
+
 @pytest.mark.parametrize(("changes", "share"), [({}, 0.6), ({"beta": 0.1}, 0.95)], ids=["plain", "KL"])
 def test_what_a_forward_sees(model, tmp_path, changes, share):
     """Recorded: only rows with an advantage and a kept token, without the columns nobody needs; with KL the latter only."""
