@@ -54,12 +54,15 @@ def solved(
     return [float(verdict(n, t, text_of(completion)) == "ok") for n, t, completion in rows]
 
 
-def final_answer(text: str) -> str | None:
-    """The solution itself in one spelling, None when it does not parse: what votes and distinct answers are counted on.
+def final_answers(texts: Sequence[str]) -> list[str | None]:
+    """Each solution in one spelling, None when it does not parse: what votes and distinct answers are counted on.
 
     ``2 + 3`` and ``3 + 2`` are the same answer. The value reached would say nothing here: the target stands in the prompt.
     """
-    steps = steps_of(text)
+    return [_spelling(steps_of(text)) for text in texts]
+
+
+def _spelling(steps: list[tuple[int, str, int, int]] | None) -> str | None:
     if steps is None:
         return None
     ordered = [(a, op, b, c) if op == "-" or a >= b else (b, op, a, c) for a, op, b, c in steps]

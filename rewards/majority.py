@@ -19,7 +19,7 @@ class MajorityVote:
     (votes for the label / all completions of the prompt) and ``reward/label_accuracy`` (share of labels the grader accepts).
 
     Args:
-        answer: text -> canonical answer or None. votes: completions a prompt must have in one call (the group size), so that
+        answers: texts -> canonical answers or None. votes: completions a prompt must have in one call (the group size), so that
             a group split over ranks is an error instead of a smaller vote. grader: the true reward, for the series only.
     """
 
@@ -27,14 +27,14 @@ class MajorityVote:
 
     def __init__(
         self,
-        answer: Callable[[str], str | None],
+        answers: Callable[[list[str]], list[str | None]],
         votes: int | None = None,
         grader: Callable[..., list[float]] | None = None,
     ):
-        self.answer, self.votes, self.grader = answer, votes, grader
+        self.answers, self.votes, self.grader = answers, votes, grader
 
     def __call__(self, prompts: Sequence, completions: Sequence[Completion], **columns) -> list[float]:
-        answers = [self.answer(text_of(c)) for c in completions]
+        answers = self.answers([text_of(c) for c in completions])
         groups: dict[str, list[int]] = {}
         for i, prompt in enumerate(prompts):
             groups.setdefault(str(prompt), []).append(i)

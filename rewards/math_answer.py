@@ -27,10 +27,9 @@ def equal(gold: str, text: str) -> bool:
     return bool(found) and bool(verify(list(_gold(str(gold))), list(found), timeout_seconds=None))
 
 
-def final_answer(text: str) -> str | None:
-    """The last answer in a text in math-verify's canonical spelling, None when there is none."""
-    found = _parse(text)
-    return str(found[0]) if found else None
+def final_answers(texts: Sequence[str]) -> list[str | None]:
+    """The last answer of each text in math-verify's canonical spelling, None when there is none."""
+    return [str(found[0]) if (found := _parse(text)) else None for text in texts]
 
 
 @lru_cache(maxsize=4096)

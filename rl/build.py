@@ -34,7 +34,7 @@ class Problems:
     train: Any  # datasets.Dataset
     heldout: list[dict]
     grader: Callable[..., list[float]]
-    answer: Callable[[str], str | None]
+    answers: Callable[[list[str]], list[str | None]]
 
 
 def make(key: str, node: Any) -> Any:
@@ -110,13 +110,13 @@ def problems(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, train: bool = 
             raise DataError(f"data.{name} is empty. Expected at least one row.")
         if found is not None and tokenizer.chat_template is None:
             sets[name] = plain_text(found)
-    for key in ("grader", "answer"):
+    for key in ("grader", "answers"):
         if not cfg.data[key]:
             raise ConfigError(
                 f"data.{key} is not set. Expected a function: data.{key}={{_target_: ..., _partial_: true}}."
             )
-    grader, answer = make("data.grader", cfg.data.grader), make("data.answer", cfg.data.answer)
-    return Problems(sets["train"], sets["heldout"].to_list(), Checked("grader", grader), answer)
+    grader, answers = make("data.grader", cfg.data.grader), make("data.answers", cfg.data.answers)
+    return Problems(sets["train"], sets["heldout"].to_list(), Checked("grader", grader), answers)
 
 
 def rewards(cfg: DictConfig) -> tuple[list[Checked], list[float]]:

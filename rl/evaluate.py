@@ -41,7 +41,7 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[dict],
     grader: Callable[..., list[float]],
-    answer: Callable[[str], str | None],
+    answers: Callable[[list[str]], list[str | None]],
     decoding: Decoding,
     *,
     samples: int = 8,
@@ -68,10 +68,10 @@ def evaluate(
     with _undisturbed(model, seed):
         frame = _draw(model, tokenizer, rows, decoding, samples)
         once = _draw(model, tokenizer, rows, _greedy(decoding), 1) if greedy else None
-    _grade(frame, rows, grader, answer)
+    _grade(frame, rows, grader, answers)
     metrics = _summary(frame, samples, ks, seed)
     if once is not None:
-        _grade(once, rows, grader, answer)
+        _grade(once, rows, grader, answers)
         metrics["greedy"] = float(once["correct"].mean())
     return Evaluation(metrics, frame)
 
@@ -178,13 +178,13 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict]) -> 
     ]
 
 
-def _grade(frame: pd.DataFrame, rows, grader, answer) -> None:
+def _grade(frame: pd.DataFrame, rows, grader, answers) -> None:
     """Add prompt, answer and correct to the samples, grading all of them in one call."""
     columns = {name: [rows[i][name] for i in frame["problem"]] for name in rows[0] if name != "prompt"}
     prompts = [rows[i]["prompt"] for i in frame["problem"]]
     completions = frame["completion"].tolist()
     frame.insert(2, "prompt", [p if isinstance(p, str) else p[-1]["content"] for p in prompts])
-    frame["answer"] = [answer(c) for c in completions]
+    frame["answer"] = answers(completions)
     frame["correct"] = [g >= 0.5 for g in grader(prompts=prompts, completions=completions, **columns)]
 
 

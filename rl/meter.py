@@ -81,10 +81,12 @@ def clip_shares(ratio: Tensor, advantages: Tensor, low: float, high: float, wher
     }
 
 
-def distinct_answers(prompts: Sequence, completions: Sequence, answer: Callable[[str], str | None], device) -> Mean:
+def distinct_answers(
+    prompts: Sequence, completions: Sequence, answers: Callable[[list[str]], list[str | None]], device
+) -> Mean:
     """Mean number of different answers to a prompt; completions are texts or chat messages."""
     groups: dict[str, set] = {}
-    for prompt, completion in zip(prompts, completions, strict=True):
-        text = completion if isinstance(completion, str) else str(completion[-1]["content"])
-        groups.setdefault(str(prompt), set()).add(answer(text))
+    texts = [c if isinstance(c, str) else str(c[-1]["content"]) for c in completions]
+    for prompt, found in zip(prompts, answers(texts), strict=True):
+        groups.setdefault(str(prompt), set()).add(found)
     return Mean(*torch.tensor([float(sum(map(len, groups.values()))), float(len(groups))], device=device))

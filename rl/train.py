@@ -111,7 +111,7 @@ def _train(
         dynamics=Dynamics(before.metrics["entropy/p80"] if before else None),
         recorder=recorder,
         sinks=[tracker.log, Progress(args.max_steps), samples, NoOpAlarm()],
-        answer=problems.answer,
+        answers=problems.answers,
         sampler=sampler,
     )
     for advice in pipeline.check(trainer.facts()):
@@ -176,7 +176,7 @@ def _evaluate(cfg, folder: Path, name: str, model, tokenizer, problems, seconds:
         tokenizer,
         problems.heldout,
         problems.grader,
-        problems.answer,
+        problems.answers,
         build.decoding(cfg),
         samples=cfg.eval.samples,
         ks=list(cfg.eval.ks),

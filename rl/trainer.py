@@ -60,7 +60,7 @@ class EntropyTrainer(GRPOTrainer):
         model, reward_funcs, args, train_dataset, processing_class, peft_config, callbacks: as for TRL.
         pipeline: the plug-ins. dynamics: accumulates the entropy series. recorder: writes sampled rollouts, or None.
         sinks: called as ``sink(step, metrics, histograms)`` on the main process at every log.
-        answer: completion text -> canonical answer, for the number of distinct answers per group; None leaves it out.
+        answers: completion texts -> canonical answers, for the number of distinct answers per group; None leaves it out.
         sampler: draws the completions instead of TRL and records as it goes (``rl.rollout``); None for TRL's generation.
 
     Raises:
@@ -79,7 +79,7 @@ class EntropyTrainer(GRPOTrainer):
         dynamics: Dynamics | None = None,
         recorder: Recorder | None = None,
         sinks: Sequence[Sink] = (),
-        answer: Callable[[str], str | None] | None = None,
+        answers: Callable[[list[str]], list[str | None]] | None = None,
         sampler: Callable[[list, GRPOTrainer], tuple[dict[str, Any], Recorded]] | None = None,
         peft_config: Any = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -96,7 +96,7 @@ class EntropyTrainer(GRPOTrainer):
             rollout_func=self._sample if sampler is not None else None,
         )
         self.pipeline, self.dynamics, self.recorder = pipeline, dynamics or Dynamics(None), recorder
-        self.sinks, self.answer, self.sampler = list(sinks), answer, sampler
+        self.sinks, self.answers, self.sampler = list(sinks), answers, sampler
         self.meter = Meter(self.accelerator.device)
         self._open: dict | None = None  # the inputs of the loss under way
         self._signal: Signal | None = None
@@ -356,8 +356,8 @@ class EntropyTrainer(GRPOTrainer):
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         self._rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        if self.answer is not None and self.model.training:
-            distinct = distinct_answers(prompts, completions, self.answer, self.accelerator.device)
+        if self.answers is not None and self.model.training:
+            distinct = distinct_answers(prompts, completions, self.answers, self.accelerator.device)
             self.meter.add({"rollout/distinct_answers": distinct})
         return self._rewards
 

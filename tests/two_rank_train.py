@@ -74,7 +74,7 @@ def main(model: str, out: str, which: str) -> None:
         f"{out}.checkpoints",
         extra={
             "sinks": [lambda step, metrics, histograms: lines.append([metrics, histograms["entropy/hist"].counts])],
-            "answer": lambda text: text,
+            "answers": lambda texts: texts,
             "pipeline": Pipeline(PLUGINS[which]()),
         },
         **({} if which == "penalty" else {"reward": spread_in_some_groups}),

@@ -1,6 +1,6 @@
 import pytest
 
-from rewards.countdown import final_answer, solved, verdict
+from rewards.countdown import final_answers, solved, verdict
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_solved_reads_text_and_chat():
     assert solved(["p", "p"], completions, numbers=["3 7 2"] * 2, target=[23, 23], level=[3, 3]) == [1.0, 0.0]
 
 
-def test_final_answer_is_one_spelling_or_none():
-    assert final_answer(" 3 *  7 = 21 ;21 + 2 = 23") == "7 * 3 = 21 ; 21 + 2 = 23"
-    assert final_answer("2 + 3 = 5 ; 4 * 5 = 20 ; 9 - 2 = 7") == "3 + 2 = 5 ; 5 * 4 = 20 ; 9 - 2 = 7"
-    assert final_answer("2 - 3 = 1") == "2 - 3 = 1" and final_answer("nonsense") is None
+def test_final_answers_are_one_spelling_or_none():
+    assert final_answers([" 3 *  7 = 21 ;21 + 2 = 23"]) == ["7 * 3 = 21 ; 21 + 2 = 23"]
+    assert final_answers(["2 + 3 = 5 ; 4 * 5 = 20 ; 9 - 2 = 7"]) == ["3 + 2 = 5 ; 5 * 4 = 20 ; 9 - 2 = 7"]
+    assert final_answers(["2 - 3 = 1"]) == ["2 - 3 = 1"] and final_answers(["nonsense"]) == [None]

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from rewards.math_answer import equal, final_answer, math_answer
+from rewards.math_answer import equal, final_answers, math_answer
 
 SHARED = Path(__file__).parents[3] / "shared" / "datasets"
 
@@ -41,8 +41,8 @@ def test_the_reward_also_works_outside_the_main_thread():
 
 
 def test_final_answer_is_canonical():
-    assert final_answer(r"first 3, then \boxed{42}") == final_answer("it is 42") == "42"
-    assert final_answer("no answer") is None
+    texts = [r"first 3, then \boxed{42}", "it is 42", "no answer"]
+    assert final_answers(texts) == ["42", "42", None]
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the folder with real problem sets is not there")

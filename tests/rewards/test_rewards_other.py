@@ -25,14 +25,14 @@ def test_format_tags(text, value):
     assert format_tags(["p"], [text]) == [value]
 
 
-def identity(text):
-    return text or None
+def identity(texts):
+    return [text or None for text in texts]
 
 
 def test_majority_vote_of_the_ttrl_example():
     """Golden 7: answers 4 5 None 4 6 5 4 4 -> label 4 with 4 votes, ratio 0.5 over all eight."""
     answers = ["4", "5", "", "4", "6", "5", "4", "4"]
-    assert majority([identity(a) for a in answers]) == ("4", 4)
+    assert majority(identity(answers)) == ("4", 4)
     series = {}
     vote = MajorityVote(identity, votes=8, grader=lambda p, c, **k: [float(x == "4") for x in c])
     rewards = vote(["p"] * 8, answers, log_metric=series.__setitem__)

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from data import countdown
-from rewards.countdown import final_answer, solved
+from rewards.countdown import final_answers, solved
 from rl.errors import ConfigError
 from rl.evaluate import Decoding, entropy_profile, evaluate, prompt_ids
 from rl.scoring import score
@@ -21,10 +21,10 @@ def model(tmp_path_factory):
     return AutoModelForCausalLM.from_pretrained(save_model(tmp_path_factory.mktemp("m")))
 
 
-def run(model, grader=solved, answer=final_answer, rows=ROWS, **kwargs):
+def run(model, grader=solved, answers=final_answers, rows=ROWS, **kwargs):
     options = {"samples": 4, "ks": (1, 2, 4), "seed": 0, **kwargs}
     decoding = options.pop("decoding", Decoding(max_new_tokens=8, batch_size=8))
-    return evaluate(model, TOKENIZER, rows, grader, answer, decoding, **options)
+    return evaluate(model, TOKENIZER, rows, grader, answers, decoding, **options)
 
 
 def test_the_same_seed_gives_the_same_samples_and_nothing_else_is_disturbed(model):
@@ -44,7 +44,7 @@ def test_metrics_follow_from_the_samples(model):
         assert len(columns["numbers"]) == len(prompts) == len(completions)
         return [float(len(c.split()) % 2 == 0) for c in completions]
 
-    result = run(model, grader=even, answer=lambda text: str(len(text)) if len(text) % 3 else None)
+    result = run(model, grader=even, answers=lambda texts: [str(len(t)) if len(t) % 3 else None for t in texts])
     frame, metrics = result.samples, result.metrics
     assert len(frame) == 24 and frame.groupby("problem")["sample"].apply(list).tolist() == [[0, 1, 2, 3]] * 6
     assert frame["correct"].tolist() == [len(c.split()) % 2 == 0 for c in frame["completion"]]
@@ -108,7 +108,7 @@ def test_without_any_end_of_text_every_completion_is_truncated(model, monkeypatc
     tokenizer.eos_token = None
     monkeypatch.setattr(model.generation_config, "eos_token_id", None)
     decoding = Decoding(max_new_tokens=4, batch_size=8)
-    frame = evaluate(model, tokenizer, ROWS, solved, final_answer, decoding, samples=2, ks=(1,)).samples
+    frame = evaluate(model, tokenizer, ROWS, solved, final_answers, decoding, samples=2, ks=(1,)).samples
     assert frame["truncated"].all() and (frame["tokens"] == 4).all()
 
 

@@ -129,7 +129,7 @@ def logged(model, tmp_path, plugins=None, **changes):
     lines = []
     extra = {
         "sinks": [lambda step, metrics, histograms: lines.append((step, metrics, histograms))],
-        "answer": lambda t: t or None,
+        "answers": lambda texts: [t or None for t in texts],
     }
     trainer = make_trainer(EntropyTrainer, model, tmp_path, plugins, extra=extra, **changes)
     trainer.train()
