@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -14,7 +13,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from trl import GRPOConfig
 
 from data.errors import DataError
-from data.load import plain_text
 from rewards.checked import Checked
 from rewards.errors import RewardError
 from rl.config import check_trainer_options
@@ -25,16 +23,6 @@ from rl.rollout import NativeSampler
 
 _BACKENDS = ("hf", "native", "vllm")
 _DTYPES = ("auto", "bfloat16", "float16", "float32")
-
-
-@dataclass(frozen=True)
-class Problems:
-    """A data set as a run uses it."""
-
-    train: Any  # datasets.Dataset
-    heldout: list[dict]
-    grader: Callable[..., list[float]]
-    answers: Callable[[list[str]], list[str | None]]
 
 
 def make(key: str, node: Any) -> Any:
@@ -93,30 +81,6 @@ def _pretrained(cls: type, path: str, **options: Any) -> Any:
         raise CheckpointError(
             f"model.path={path} could not be loaded: {reason}. Check the id or folder, and the network for a hub model."
         ) from error
-
-
-def problems(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, train: bool = True) -> Problems:
-    """Training and held-out problems, as text where the tokenizer has no chat template.
-
-    Raises:
-        DataError: no data, or a column missing.
-    """
-    sets = {
-        "train": make("data.train", cfg.data.train) if train else None,
-        "heldout": make("data.heldout", cfg.data.heldout),
-    }
-    for name, found in sets.items():
-        if found is not None and not len(found):
-            raise DataError(f"data.{name} is empty. Expected at least one row.")
-        if found is not None and tokenizer.chat_template is None:
-            sets[name] = plain_text(found)
-    for key in ("grader", "answers"):
-        if not cfg.data[key]:
-            raise ConfigError(
-                f"data.{key} is not set. Expected a function: data.{key}={{_target_: ..., _partial_: true}}."
-            )
-    grader, answers = make("data.grader", cfg.data.grader), make("data.answers", cfg.data.answers)
-    return Problems(sets["train"], sets["heldout"].to_list(), Checked("grader", grader), answers)
 
 
 def rewards(cfg: DictConfig) -> tuple[list[Checked], list[float]]:

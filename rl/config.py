@@ -31,7 +31,7 @@ def compose(overrides: Sequence[str] = (), config_dir: str | None = None) -> Dic
     Raises:
         ConfigError: an unknown group option or key, settings of a plug-in that is not selected, a missing value.
     """
-    asked = [_open_trainer(o) for o in overrides]
+    asked = [word for o in overrides for word in _as_hydra(o)]
     if config_dir is not None:
         if not Path(config_dir).is_dir():
             raise ConfigError(
@@ -45,6 +45,7 @@ def compose(overrides: Sequence[str] = (), config_dir: str | None = None) -> Dic
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError(_explain(error, overrides)) from error
     _check_selected(cfg)
+    _check_sets(cfg.data)
     try:
         return OmegaConf.create(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
     except MissingMandatoryValue as error:
@@ -53,8 +54,18 @@ def compose(overrides: Sequence[str] = (), config_dir: str | None = None) -> Dic
         raise ConfigError(f"{error.full_key}: {_first_line(error)}.") from error
 
 
-def _open_trainer(override: str) -> str:
-    return f"++{override}" if override.startswith("trainer.") and "=" in override else override
+_OPEN = ("trainer.", "data.columns.", "data.where.", "data.weights.")  # maps that take further keys
+# Keys that hold whole data sets by name: a list of names stands for their files in configs/data/.
+_SETS = ("data.sets", "data.filter.decontaminate", "eval.sets")
+
+
+def _as_hydra(override: str) -> list[str]:
+    """What Hydra is asked for an override: it must be told where further keys are welcome, and what a list of data sets means."""
+    key, _, value = override.partition("=")
+    if key in _SETS:
+        names = [name.strip() for name in value.strip("[]'\" ").split(",") if name.strip()]
+        return [f"+data@{key}.{name}={name}" for name in names]
+    return [f"++{override}" if key.startswith(_OPEN) and value else override]
 
 
 def _explain(error: Exception, overrides: Sequence[str]) -> str:
@@ -76,7 +87,8 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
 
 def _options(group: str) -> list[str]:
     root = configs_dir() / group
-    return sorted(str(p.relative_to(root).with_suffix("")) for p in root.rglob("*.yaml"))
+    # a leading underscore: what other files build on
+    return sorted(str(p.relative_to(root).with_suffix("")) for p in root.rglob("*.yaml") if p.name[0] != "_")
 
 
 def _unknown_key(key: str, missing_at: str) -> str:
@@ -108,6 +120,13 @@ def _check_selected(cfg: DictConfig) -> None:
             raise ConfigError(
                 f"reward.{name} has settings but is not selected. Select it, reward=[{name}], or use '~reward.{name}'."
             )
+
+
+def _check_sets(data: DictConfig) -> None:
+    if "sets" in data and "mixture" not in str(data.train.get("_target_")):
+        raise ConfigError(
+            f"data.sets is for data=mixture, not data={data.name}. Add data=mixture, or evaluate on several: eval.sets=."
+        )
 
 
 def _keys(cfg: Any, prefix: str = "") -> Iterator[str]:

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import set_seed
 
 from rl import build, rundir
+from rl import problems as problem_sets
 from rl.callbacks.alarm import NoOpAlarm
 from rl.callbacks.progress import Progress, show_sample, show_table
 from rl.config import batch_algebra
@@ -45,19 +46,19 @@ def run(cfg: DictConfig, overrides: Sequence[str], argv: Sequence[str]) -> Path 
     set_seed(cfg.seed)
     path = find_model(cfg.model.path)
     tokenizer = build.tokenizer(path, cfg.model)
-    problems = build.problems(cfg, tokenizer)
-    if len(problems.train) < algebra.prompts_per_rollout:
+    problems = problem_sets.problems(cfg, tokenizer)
+    if problems.size is not None and problems.size < algebra.prompts_per_rollout:
         raise ConfigError(
-            f"data.train has {len(problems.train)} problems, a rollout takes {algebra.prompts_per_rollout} ({algebra}). "
+            f"data.train has {problems.size} problems, a rollout takes {algebra.prompts_per_rollout} ({algebra}). "
             "Take more problems, or a smaller trainer.per_device_train_batch_size."
         )
-    build.probe_rewards(functions, problems.train.select([0]).to_list(), algebra.group)
+    build.probe_rewards(functions, problems.first(1), algebra.group)
     name = cfg.run.name or rundir.run_name(cfg.model.name, cfg.data.name, list(cfg.plugin), cfg.seed)
     rundir.check_free(Path(cfg.run.dir), name, cfg.run.overwrite)
     model = build.language_model(path, cfg.model)
     sampler = build.sampler(cfg, model, args, pipeline)
     print(f"model     {cfg.model.path}, {model.num_parameters() / 1e6:.1f} M parameters")
-    print(f"data      {cfg.data.name}, {len(problems.train)} training and {len(problems.heldout)} held-out problems")
+    print(f"data      {problems.describe()}")
     print(f"plug-ins  {', '.join(cfg.plugin) or 'none: plain GRPO'}")
     print(f"batch     {algebra.describe()}")
     if cfg.dry_run:
@@ -151,7 +152,7 @@ def run_eval(target: str | None, cfg: DictConfig, out: str | None) -> Evaluation
         torch.set_num_threads(cfg.engine.threads)
     path = find_model(target or cfg.model.path)
     tokenizer = build.tokenizer(path, cfg.model)
-    problems = build.problems(cfg, tokenizer, train=False)
+    problems = problem_sets.problems(cfg, tokenizer, train=False)
     model = build.language_model(path, cfg.model)
     seconds = {"eval": 0.0}
     is_run = target is not None and (Path(target) / "manifest.json").is_file()
