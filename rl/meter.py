@@ -81,6 +81,17 @@ def clip_shares(ratio: Tensor, advantages: Tensor, low: float, high: float, wher
     }
 
 
+def token_shares(
+    inputs: dict, mask: Tensor, logp: Tensor, scored: Tensor, live: Tensor, bounds: tuple[float, float]
+) -> dict:
+    """``clip_shares`` of the scored tokens, and the shares of ``mask`` that were scored and that may get gradient; (B, T) each."""
+    old_logp, advantages = inputs.get("old_per_token_logps"), inputs["advantages"]
+    ratio = torch.ones_like(logp) if old_logp is None else (logp.detach() - old_logp).exp()
+    advantages = advantages if advantages.dim() > 1 else advantages.unsqueeze(1)
+    clipped = clip_shares(ratio, advantages, *bounds, scored & mask)
+    return clipped | {"compute/scored": Mean.of(scored.float(), mask), "compute/live": Mean.of(live.float(), mask)}
+
+
 def distinct_answers(
     prompts: Sequence, completions: Sequence, answers: Callable[[list[str]], list[str | None]], device
 ) -> Mean:

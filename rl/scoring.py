@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.utils import ModelOutput
@@ -38,6 +39,13 @@ class Recorded(NamedTuple):
     logp: Tensor
     entropy: Tensor
     rank: Tensor | None
+
+    def named(self, prefix: str, mask: Tensor) -> dict[str, Tensor]:
+        """``<prefix>_logp`` and so on, what there is, as wide as ``mask`` and 0 outside it."""
+        padded = {
+            n: functional.pad(v, (0, mask.shape[1] - v.shape[1])) for n, v in self._asdict().items() if v is not None
+        }
+        return {f"{prefix}_{name}": values.masked_fill(mask == 0, 0) for name, values in padded.items()}
 
 
 @dataclass

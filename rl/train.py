@@ -114,6 +114,7 @@ def _train(
         sinks=[tracker.log, Progress(args.max_steps), samples, NoOpAlarm()],
         answers=problems.answers,
         sampler=sampler,
+        train_on=cfg.rollout.train_on,
     )
     for advice in pipeline.check(trainer.facts()):
         print(f"advice    {advice}")

@@ -24,9 +24,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from trl import GRPOConfig, GRPOTrainer
 
 from rl.callbacks.phase import StepPhase
-from rl.contract import Mean, RunFacts, Signal, TokenBatch
+from rl.contract import RunFacts, Signal, TokenBatch
 from rl.dynamics import Dynamics, Histogram
-from rl.meter import Meter, clip_shares, distinct_answers
+from rl.groups import check_train_on, leave_out, mean_logps, only_votes, run_facts
+from rl.meter import Meter, distinct_answers, token_shares
 from rl.pipeline import Pipeline
 from rl.recorder import Recorder, texts_of
 from rl.scoring import HiddenTap, Recorded, Reference, WithRank, add_scoring, base_of, refuse_logit_transforms
@@ -62,6 +63,7 @@ class EntropyTrainer(GRPOTrainer):
         sinks: called as ``sink(step, metrics, histograms)`` on the main process at every log.
         answers: completion texts -> canonical answers, for the number of distinct answers per group; None leaves it out.
         sampler: draws the completions instead of TRL and records as it goes (``rl.rollout``); None for TRL's generation.
+        train_on: of each group only the first so many are trained on, the others vote; None for all.
 
     Raises:
         SeamError: an untested TRL. ConfigError: a plug-in needs what this model cannot give.
@@ -81,10 +83,12 @@ class EntropyTrainer(GRPOTrainer):
         sinks: Sequence[Sink] = (),
         answers: Callable[[list[str]], list[str | None]] | None = None,
         sampler: Callable[[list, GRPOTrainer], tuple[dict[str, Any], Recorded]] | None = None,
+        train_on: int | None = None,
         peft_config: Any = None,
         callbacks: list[TrainerCallback] | None = None,
     ):
         check_seam()
+        check_train_on(train_on, args)
         super().__init__(
             model=model,
             reward_funcs=reward_funcs,
@@ -96,7 +100,7 @@ class EntropyTrainer(GRPOTrainer):
             rollout_func=self._sample if sampler is not None else None,
         )
         self.pipeline, self.dynamics, self.recorder = pipeline, dynamics or Dynamics(None), recorder
-        self.sinks, self.answers, self.sampler = list(sinks), answers, sampler
+        self.sinks, self.answers, self.sampler, self.train_on = list(sinks), answers, sampler, train_on
         self.meter = Meter(self.accelerator.device)
         self._open: dict | None = None  # the inputs of the loss under way
         self._signal: Signal | None = None
@@ -321,17 +325,19 @@ class EntropyTrainer(GRPOTrainer):
             self._record_old_policy(output)
         finally:
             self._passes = None
-        rows = len(output["completion_ids"])
+        rows, tokens = len(output["completion_ids"]), float(output["completion_mask"].sum())
         first = self.accelerator.process_index * rows
         group_size = self.num_generations if self.model.training else self.num_generations_eval
         rewards = self._rewards[first : first + rows]
         output["rewards_per_func"] = rewards
+        if self.train_on is not None and self.model.training:
+            leave_out(output, rewards.isnan().all(1), self.accelerator)
         output["reward"] = (rewards * self.reward_weights.to(rewards.device)).nansum(-1)
         output["group"] = torch.arange(first, first + rows, device=rewards.device) // group_size
         if self.model.training:
             self._rollout_step = self.state.global_step
             self._window = (0, [])
-        self.meter.add_rollout(time.perf_counter() - start, float(output["completion_mask"].sum()))
+        self.meter.add_rollout(time.perf_counter() - start, tokens)
         return output
 
     def _record_old_policy(self, output: dict) -> None:
@@ -347,34 +353,29 @@ class EntropyTrainer(GRPOTrainer):
             found = self._passes[-1]
         if found is None:
             return
-        for name, values in zip(("old_logp", "old_entropy", "old_rank"), found, strict=True):
-            if values is not None:
-                values = torch.nn.functional.pad(values, (0, ids.shape[1] - values.shape[1]))
-                output[name] = values.masked_fill(output["completion_mask"] == 0, 0)
+        output |= found.named("old", output["completion_mask"])
         if wanted and self.model.training:
             self._rollout_entropy = output["old_entropy"][mask]
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        if any(getattr(reward, "needs_logp", False) for reward in self.reward_funcs):
+            known = self._sampled or (self._passes[-1] if self._passes else None)
+            means = mean_logps(self, prompts, completion_ids_list, known and known.logp)
+            inputs = [{**row, "mean_logp": mean} for row, mean in zip(inputs, means, strict=True)]
         self._rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         if self.answers is not None and self.model.training:
             distinct = distinct_answers(prompts, completions, self.answers, self.accelerator.device)
             self.meter.add({"rollout/distinct_answers": distinct})
+        if self.train_on is not None and self.model.training:
+            votes = only_votes(len(self._rewards), self.num_generations, self.train_on, self._rewards.device)
+            self._rewards[votes] = torch.nan  # TRL leaves what has no reward out of its group's mean and deviation
         return self._rewards
 
     # ---- reporting --------------------------------------------------------------------------------------------------
 
     def facts(self) -> RunFacts:
         """What plug-ins may know of this run, for their advice."""
-        args = self.args
-        every = args.steps_per_generation * self.num_iterations
-        return RunFacts(
-            on_policy=args.gradient_accumulation_steps % every == 0,
-            loss_type=self.loss_type,
-            beta=self.beta,
-            micro_batch=args.per_device_train_batch_size,
-            world_size=self.accelerator.num_processes,
-            group_size=self.num_generations,
-        )
+        return run_facts(self.args, self.accelerator.num_processes)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Hand one step's series to the sinks; TRL's own log then sees the same dictionary it always did."""
@@ -391,10 +392,5 @@ class EntropyTrainer(GRPOTrainer):
 
     def _count(self, inputs: dict, logp: Tensor, scored: Tensor, live: Tensor) -> None:
         if self.model.training:
-            mask, old_logp = self._loss_mask(inputs).bool(), inputs.get("old_per_token_logps")
-            ratio = torch.ones_like(logp) if old_logp is None else (logp.detach() - old_logp).exp()
-            clipped = clip_shares(
-                ratio, per_token(inputs["advantages"]), self.epsilon_low, self.epsilon_high, scored & mask
-            )
-            compute = {"compute/scored": Mean.of(scored.float(), mask), "compute/live": Mean.of(live.float(), mask)}
-            self.meter.add({**clipped, **compute})
+            bounds = self.epsilon_low, self.epsilon_high
+            self.meter.add(token_shares(inputs, self._loss_mask(inputs).bool(), logp, scored, live, bounds))

@@ -1,0 +1,87 @@
+"""What concerns a prompt's completions together: who of them is trained on, how likely each was, and the run's sizes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import pad
+
+from rl.contract import RunFacts
+from rl.errors import ConfigError
+
+# Losses that divide by trained tokens; the others divide by all completions, votes included.
+_BY_TOKENS = ("dapo", "bnpo", "cispo", "vespo")
+
+
+def check_train_on(train_on: int | None, args: GRPOConfig) -> None:
+    """Raise ConfigError unless ``train_on`` of a group's completions can be trained on while all of them vote."""
+    if train_on is None:
+        return
+    if not 2 <= train_on <= args.num_generations:
+        raise ConfigError(
+            f"rollout.train_on={train_on} does not fit trainer.num_generations={args.num_generations}. "
+            "Expected a number from 2 to trainer.num_generations, or null for all."
+        )
+    if args.loss_type not in _BY_TOKENS:
+        raise ConfigError(
+            f"rollout.train_on={train_on} needs a loss that divides by trained tokens, not trainer.loss_type={args.loss_type}. "
+            f"Expected one of: {', '.join(_BY_TOKENS)}."
+        )
+    if args.multi_objective_aggregation != "sum_then_normalize":
+        raise ConfigError("rollout.train_on works with trainer.multi_objective_aggregation=sum_then_normalize only.")
+
+
+def only_votes(rows: int, group: int, train_on: int, device: torch.device) -> Tensor:
+    """(rows,) bool: completions behind the first ``train_on`` of their group (TTRL, arXiv 2504.16084: 32 of 64)."""
+    return torch.arange(rows, device=device) % group >= train_on
+
+
+def leave_out(output: dict, votes: Tensor, accelerator) -> None:
+    """Take completions out of every loss and statistic of a rollout; they have no tokens to train on any more."""
+    output["completion_mask"] = output["completion_mask"].masked_fill(votes.unsqueeze(1), 0)
+    tokens = output["completion_mask"] * output.get("tool_mask", 1)
+    output["num_items_in_batch"] = accelerator.gather(tokens.sum()).sum()
+
+
+def mean_logps(trainer: GRPOTrainer, prompts: list, completions: list[list[int]], known: Tensor | None) -> list[float]:
+    """Mean logp of each completion's tokens under the policy, in nats.
+
+    Args:
+        completions: token ids. known: (B, T) logp of these tokens where something computed them already; otherwise this costs
+            a forward.
+    """
+    lengths = torch.tensor([len(ids) for ids in completions])
+    if known is None:
+        device = trainer.accelerator.device
+        asked = [torch.tensor(ids, device=device) for ids in trainer._tokenize_prompts(prompts)[0]]
+        told = [torch.tensor(ids, device=device) for ids in completions]
+        ids = [
+            pad(asked, trainer.processing_class.pad_token_id, "left"),
+            pad(told, trainer.processing_class.pad_token_id, "right"),
+        ]
+        mask = [pad([torch.ones_like(x) for x in side], 0, where) for side, where in ((asked, "left"), (told, "right"))]
+        with torch.no_grad():
+            known, *_ = trainer._get_per_token_logps_and_entropies(
+                trainer.model,
+                torch.cat(ids, 1),
+                torch.cat(mask, 1),
+                ids[1].shape[1],
+                batch_size=trainer.args.per_device_train_batch_size,
+            )
+    logp = known.detach().double().cpu()
+    inside = torch.arange(logp.shape[1]) < lengths.unsqueeze(1)
+    return (logp.where(inside, 0).sum(1) / lengths.clamp(min=1)).tolist()
+
+
+def run_facts(args: GRPOConfig, world_size: int) -> RunFacts:
+    """What plug-ins may know of a run."""
+    every = args.steps_per_generation * args.num_iterations
+    return RunFacts(
+        on_policy=args.gradient_accumulation_steps % every == 0,
+        loss_type=args.loss_type,
+        beta=args.beta,
+        micro_batch=args.per_device_train_batch_size,
+        world_size=world_size,
+        group_size=args.num_generations,
+    )
