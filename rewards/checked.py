@@ -17,6 +17,7 @@ class Checked:
     def __init__(self, name: str, fn: Callable[..., list[float]]):
         self.__name__ = name  # TRL takes the metric's name from here
         self.fn = fn
+        self.needs_logp = bool(getattr(fn, "needs_logp", False))  # asks the trainer for the column mean_logp
 
     def __call__(self, prompts: Sequence, completions: Sequence[Completion], **columns) -> list[float]:
         try:
@@ -41,11 +42,13 @@ class Checked:
         return [float(value) for value in values]
 
     def _culprit(self, prompts, completions, columns) -> int | None:
-        """The first sample that fails when scored alone; None when each one passes alone."""
+        """The first sample that fails when scored alone; None when each one passes alone, or wants its whole group."""
         for i in range(len(completions)):
             one = {k: [v[i]] if isinstance(v, list) and len(v) == len(completions) else v for k, v in columns.items()}
             try:
                 self.fn(prompts=[prompts[i]], completions=[completions[i]], **one)
+            except RewardError:
+                return None  # a reward of groups refuses every single sample: that blames none of them
             except Exception:
                 return i
         return None

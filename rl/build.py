@@ -15,7 +15,8 @@ from trl import GRPOConfig
 from data.errors import DataError
 from rewards.checked import Checked
 from rewards.errors import RewardError
-from rl.config import check_trainer_options
+from rewards.gate import Gated, Once
+from rl.config import check_trainer_options, gate_order, reward_gates
 from rl.errors import CheckpointError, ConfigError, EntrlError
 from rl.evaluate import Decoding, check_ks
 from rl.pipeline import Pipeline
@@ -83,15 +84,26 @@ def _pretrained(cls: type, path: str, **options: Any) -> Any:
         ) from error
 
 
-def rewards(cfg: DictConfig) -> tuple[list[Checked], list[float]]:
-    """Reward functions, each checked at every call, and their weights."""
+def rewards(cfg: DictConfig) -> tuple[list[Checked | Once | Gated], list[float]]:
+    """Reward functions, each checked at every call, and their weights.
+
+    Raises:
+        ConfigError: no reward, a gate that is no other selected reward, or a value that does not work.
+    """
     if not cfg.reward:
         raise ConfigError("reward=[] leaves nothing to learn. Expected at least one, as reward=[correct].")
-    functions = [Checked(name, make(f"reward.{name}.fn", node.fn)) for name, node in cfg.reward.items()]
-    return functions, [float(node.weight) for node in cfg.reward.values()]
+    gates = reward_gates(cfg.reward)
+    is_gate = {gate for gate, _ in gates.values()}
+    built: dict[str, Checked | Once | Gated] = {}
+    for name in gate_order(gates):
+        gate, least = gates[name]
+        found = Checked(name, make(f"reward.{name}.fn", cfg.reward[name].fn))
+        found = found if gate is None else Gated(found, built[gate], least)
+        built[name] = Once(found) if name in is_gate else found
+    return [built[name] for name in cfg.reward], [float(node.weight) for node in cfg.reward.values()]
 
 
-def probe_rewards(functions: Sequence[Checked], rows: Sequence[dict], group: int) -> None:
+def probe_rewards(functions: Sequence[Checked | Once | Gated], rows: Sequence[dict], group: int) -> None:
     """Call each reward once on empty completions of one prompt, so that a broken one fails before the run starts.
 
     Raises:
@@ -99,6 +111,9 @@ def probe_rewards(functions: Sequence[Checked], rows: Sequence[dict], group: int
     """
     row = rows[0]
     columns = {name: [value] * group for name, value in row.items() if name != "prompt"}
+    columns["completion_ids"] = [[] for _ in range(group)]
+    if any(function.needs_logp for function in functions):
+        columns["mean_logp"] = [0.0] * group
     chat = not isinstance(row["prompt"], str)
     completions = [[{"role": "assistant", "content": ""}]] * group if chat else [""] * group
     for function in functions:

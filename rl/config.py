@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,62 @@ def _check_sets(data: DictConfig) -> None:
         raise ConfigError(
             f"data.sets is for data=mixture, not data={data.name}. Add data=mixture, or evaluate on several: eval.sets=."
         )
+
+
+def reward_gates(reward: DictConfig) -> dict[str, tuple[str | None, float]]:
+    """The gate of each selected reward, None where it has none, and the least value of the gate that lets it count.
+
+    Raises:
+        ConfigError: a gate that is not selected, the reward itself or part of a circle; a number that is none; an unknown key.
+    """
+    gates = {}
+    for name, node in reward.items():
+        key = f"reward.{name}"
+        if name in _SERIES_OF_ALL:
+            raise ConfigError(
+                f"{key}: the series {key.replace('.', '/')} means all rewards together. Choose another name."
+            )
+        if unknown := [k for k in node if k not in _REWARD_KEYS]:
+            raise ConfigError(
+                f"{key}.{unknown[0]} is not a key of a reward.{_did_you_mean(unknown[0], _REWARD_KEYS)} "
+                f"Expected: {', '.join(_REWARD_KEYS)}; what the function takes stands under fn."
+            )
+        gate, least = node.get("gate"), node.get("gate_min", 0.5)
+        for option, value in (("weight", node.get("weight")), ("gate_min", least)):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise ConfigError(f"{key}.{option}={value} does not work. Expected a number.")
+        others = [other for other in reward if other != name]
+        if gate is not None and gate not in others:
+            why = "is the reward itself" if gate == name else "is not selected"
+            known = (
+                f"one of: {', '.join(others)}" if others else "another selected reward, as reward=[correct,format_tags]"
+            )
+            raise ConfigError(f"{key}.gate={gate} {why}. Expected {known}, or null.")
+        gates[name] = (gate, float(least))
+    return gates
+
+
+_REWARD_KEYS = ("weight", "gate", "gate_min", "fn")
+_SERIES_OF_ALL = ("mean", "std")
+
+
+def gate_order(gates: Mapping[str, tuple[str | None, float]]) -> list[str]:
+    """The rewards in an order in which each comes after its gate.
+
+    Raises:
+        ConfigError: gates that wait for each other.
+    """
+    order: list[str] = []
+    while len(order) < len(gates):
+        ready = [name for name, (gate, _) in gates.items() if name not in order and (gate is None or gate in order)]
+        if not ready:
+            circle = [name for name in gates if name not in order]
+            raise ConfigError(
+                f"reward.{circle[0]}.gate={gates[circle[0]][0]} goes in a circle: {', '.join(circle)} wait for each other. "
+                f"Set the gate of one of them to null."
+            )
+        order += ready
+    return order
 
 
 def _keys(cfg: Any, prefix: str = "") -> Iterator[str]:

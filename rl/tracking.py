@@ -112,14 +112,14 @@ def resolve_mode(mode: Mode) -> Mode:
     if mode == "auto":
         if not os.environ.get("WANDB_MODE"):
             os.environ.pop("WANDB_MODE", None)  # wandb itself fails on an empty one
-            return "online" if _has_key() else "offline"
+            return "online" if has_key() else "offline"
         wanted, source = os.environ["WANDB_MODE"], "WANDB_MODE"
     if wanted not in ("online", "offline", "disabled"):
         raise ConfigError(f"{source}={wanted} is not known. Expected online, offline or disabled.")
     return wanted
 
 
-def _has_key() -> bool:
+def has_key() -> bool:
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
