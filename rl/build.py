@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from importlib.util import find_spec
+from inspect import signature
 from typing import Any
 
 import torch
-from hydra.utils import get_class, instantiate
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import GRPOConfig
@@ -16,9 +18,10 @@ from data.errors import DataError
 from rewards.checked import Checked
 from rewards.errors import RewardError
 from rewards.gate import Gated, Once
-from rl.config import check_trainer_options, gate_order, reward_gates
+from rl.config import did_you_mean, gate_order, reward_gates
 from rl.errors import CheckpointError, ConfigError, EntrlError
 from rl.evaluate import Decoding, check_ks
+from rl.options import check_trainer_options
 from rl.pipeline import Pipeline
 from rl.rollout import NativeSampler
 
@@ -33,7 +36,7 @@ def make(key: str, node: Any) -> Any:
         ConfigError: nothing importable, an argument it does not take, or a value it refuses.
     """
     try:
-        return instantiate(node, _convert_="all")
+        made = instantiate(node, _convert_="all")
     except Exception as error:
         cause = error.__cause__ or error
         if isinstance(cause, EntrlError | DataError | RewardError):
@@ -43,6 +46,19 @@ def make(key: str, node: Any) -> Any:
         where = node.get("_target_", "") if hasattr(node, "get") else ""
         reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0].rstrip(".")
         raise ConfigError(f"{key}: {where} cannot be made: {reason}. Check its _target_ and its arguments.") from error
+    if isinstance(made, partial):
+        _check_names(key, made)
+    return made
+
+
+def _check_names(key: str, made: partial) -> None:
+    """A reward takes ``**columns``, so a misspelt option of it would vanish there without a word."""
+    known = [n for n, p in signature(made.func).parameters.items() if p.kind is not p.VAR_KEYWORD]
+    if unknown := [name for name in made.keywords if name not in known]:
+        raise ConfigError(
+            f"{key}.{unknown[0]} is no parameter of {made.func.__module__}.{made.func.__qualname__}."
+            f"{did_you_mean(unknown[0], known)} Expected one of: {', '.join(known)}."
+        )
 
 
 def pipeline(cfg: DictConfig) -> Pipeline:
@@ -52,7 +68,7 @@ def pipeline(cfg: DictConfig) -> Pipeline:
 
 def tokenizer(path: str, model: DictConfig) -> PreTrainedTokenizerBase:
     """The tokenizer of a model; one without a padding token pads with its end of text."""
-    found = _pretrained(AutoTokenizer, path, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    found = pretrained(AutoTokenizer, path, revision=model.revision, trust_remote_code=model.trust_remote_code)
     if found.pad_token is None:
         found.pad_token = found.eos_token
     return found
@@ -60,10 +76,9 @@ def tokenizer(path: str, model: DictConfig) -> PreTrainedTokenizerBase:
 
 def language_model(path: str, model: DictConfig) -> PreTrainedModel:
     """The weights of a model, on the GPU when there is one."""
-    if model.dtype not in _DTYPES:
-        raise ConfigError(f"model.dtype={model.dtype} is not known. Expected one of: {', '.join(_DTYPES)}.")
+    check_dtype(model)
     dtype = model.dtype if torch.cuda.is_available() else "float32"  # bf16 on a CPU is slow and inexact
-    found = _pretrained(
+    found = pretrained(
         AutoModelForCausalLM,
         path,
         revision=model.revision,
@@ -74,7 +89,14 @@ def language_model(path: str, model: DictConfig) -> PreTrainedModel:
     return found.to("cuda") if torch.cuda.is_available() else found
 
 
-def _pretrained(cls: type, path: str, **options: Any) -> Any:
+def check_dtype(model: DictConfig) -> None:
+    """Raise ConfigError for a dtype that no model is loaded in."""
+    if model.dtype not in _DTYPES:
+        raise ConfigError(f"model.dtype={model.dtype} is not known. Expected one of: {', '.join(_DTYPES)}.")
+
+
+def pretrained(cls: type, path: str, **options: Any) -> Any:
+    """``cls.from_pretrained``; what goes wrong there is a CheckpointError that names ``model.path``."""
     try:
         return cls.from_pretrained(path, **options)
     except (OSError, ValueError, KeyError) as error:
@@ -146,13 +168,8 @@ def grpo_config(cfg: DictConfig, output_dir: str, weights: list[float]) -> GRPOC
         raise ConfigError(f"trainer: TRL refuses these options: {str(error).strip().splitlines()[0]}") from error
 
 
-def sampler(cfg: DictConfig, model: PreTrainedModel, args: GRPOConfig, pipeline: Pipeline) -> NativeSampler | None:
-    """What draws the completions; None leaves it to TRL.
-
-    Raises:
-        ConfigError: an unknown backend, vLLM missing, or a model or an option that the native one does not know.
-    """
-    backend = cfg.rollout.backend
+def check_backend(backend: str, args: GRPOConfig) -> None:
+    """Raise ConfigError for a backend that is unknown, contradicts TRL's options or is not installed."""
     if backend not in _BACKENDS:
         raise ConfigError(f"rollout.backend={backend} is not known. Expected one of: {', '.join(_BACKENDS)}.")
     if (backend == "vllm") != args.use_vllm:
@@ -164,6 +181,16 @@ def sampler(cfg: DictConfig, model: PreTrainedModel, args: GRPOConfig, pipeline:
         raise ConfigError(
             'rollout.backend=vllm: vLLM is not installed. Run pip install "entrl[vllm]", or use rollout=hf.'
         )
+
+
+def sampler(cfg: DictConfig, model: PreTrainedModel, args: GRPOConfig, pipeline: Pipeline) -> NativeSampler | None:
+    """What draws the completions; None leaves it to TRL.
+
+    Raises:
+        ConfigError: an unknown backend, vLLM missing, or a model or an option that the native one does not know.
+    """
+    backend = cfg.rollout.backend
+    check_backend(backend, args)
     return NativeSampler(model.config, args, rank="rank" in pipeline.needs) if backend == "native" else None
 
 
@@ -171,7 +198,6 @@ def peft_config(cfg: DictConfig) -> Any:
     """The adapters to train, None for full fine-tuning."""
     if not cfg.peft:
         return None
-    get_class(cfg.peft["_target_"])
     return make("peft", cfg.peft)
 
 

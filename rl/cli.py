@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import rl
-from rl.errors import ConfigError, EntrlError
+from rl.errors import ConfigError, user_errors
 
 HELP = """entrl {version}: GRPO for language models, looking at and acting on the entropy of every token
 
@@ -20,6 +20,11 @@ usage: entrl VERB [key=value ...] [--config-dir DIR]
   eval    sample a run folder, a saved model or a hub model on held-out problems
             entrl eval runs/NAME eval.samples=32 'eval.ks=[1,8,32]'
             entrl eval Qwen/Qwen2.5-0.5B data=gsm8k
+  doctor  say everything that is going to go wrong before a night is lost; needs no GPU, key or network
+            entrl doctor model=qwen2.5_0.5b data=gsm8k
+            entrl doctor --rollouts 32                       also sample, and suggest rho and entropy targets
+  rewards check whether rewards tell right from wrong on the data
+            entrl rewards check data=math500 data.path=math500.parquet
   show    print what an experiment or override changes against the default (--full: everything)
             entrl show experiment=paper/steer
             entrl show --full plugin=[steer]
@@ -35,7 +40,10 @@ experiments, experiment=NAME (add scale=tiny for the embedded model and task):
 
 Files of a run: runs/NAME/. ENTRL_DEBUG=1 shows tracebacks. Documentation: README.md and docs/."""
 
-VERBS = ("train", "eval", "show")
+VERBS = ("train", "eval", "doctor", "rewards", "show")
+
+
+_VALUES = {"--cfg": "job", "--config-dir": "FOLDER", "--out": "FOLDER", "--rollouts": "32"}
 
 
 class Arguments(NamedTuple):
@@ -48,6 +56,7 @@ class Arguments(NamedTuple):
     full: bool
     config_dir: str | None
     out: str | None
+    rollouts: int
 
 
 def parse(argv: Sequence[str]) -> Arguments:
@@ -66,9 +75,9 @@ def parse(argv: Sequence[str]) -> Arguments:
     while words:
         word = words.pop(0)
         name, equals, value = word.partition("=")
-        if name in ("--cfg", "--config-dir", "--out"):
+        if name in _VALUES:
             if not equals and not words:
-                raise ConfigError(f"{name} needs a value: {'--cfg job' if name == '--cfg' else name + ' FOLDER'}.")
+                raise ConfigError(f"{name} needs a value: {name} {_VALUES[name]}.")
             flags[name] = value if equals else words.pop(0)
         elif word == "--full":
             flags[word] = True
@@ -76,15 +85,21 @@ def parse(argv: Sequence[str]) -> Arguments:
             raise ConfigError(f"{word} is no option of entrl {verb}. See entrl --help.")
         elif "=" in word or word.startswith("~"):
             overrides.append(word)
-        elif verb == "eval" and target is None:
+        elif verb in ("eval", "rewards") and target is None:
             target = word
         else:
             raise ConfigError(f"{word!r} is no override. Expected key=value, as trainer.max_steps=100.")
     if flags.get("--cfg", "job") != "job":
         raise ConfigError(f"--cfg {flags['--cfg']} is not known. Expected --cfg job.")
-    return Arguments(
-        verb, target, overrides, "--cfg" in flags, "--full" in flags, flags.get("--config-dir"), flags.get("--out")
-    )
+    if verb == "rewards" and target != "check":
+        raise ConfigError(f"entrl rewards {target or ''}".rstrip() + " is not known. Expected entrl rewards check.")
+    rollouts = flags.get("--rollouts", "0")
+    if not rollouts.isdigit():
+        raise ConfigError(
+            f"--rollouts {rollouts} is no number of problems. Expected one of at least 1, as --rollouts 32."
+        )
+    config_dir, out = flags.get("--config-dir"), flags.get("--out")
+    return Arguments(verb, target, overrides, "--cfg" in flags, "--full" in flags, config_dir, out, int(rollouts))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -102,17 +117,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\nentrl: interrupted.", file=sys.stderr)
         return 130
     except Exception as error:
-        if os.environ.get("ENTRL_DEBUG") or not isinstance(error, _user_errors()):
+        if os.environ.get("ENTRL_DEBUG") or not isinstance(error, user_errors()):
             raise
         print(f"entrl: {error}", file=sys.stderr)
         return 2
-
-
-def _user_errors() -> tuple[type[Exception], ...]:
-    from data.errors import DataError
-    from rewards.errors import RewardError
-
-    return EntrlError, DataError, RewardError
 
 
 def _run(argv: Sequence[str]) -> int:
@@ -122,6 +130,8 @@ def _run(argv: Sequence[str]) -> int:
 
     from rl.config import compose, differences
 
+    if arguments.verb == "doctor":
+        return _doctor(arguments)
     cfg = compose(arguments.overrides, arguments.config_dir)
     if arguments.cfg or (arguments.verb == "show" and arguments.full):
         print(OmegaConf.to_yaml(cfg), end="")
@@ -132,11 +142,27 @@ def _run(argv: Sequence[str]) -> int:
         from rl.train import run
 
         run(cfg, arguments.overrides, argv)
+    elif arguments.verb == "rewards":
+        from rl.preflight.doctor import check_rewards
+
+        return check_rewards(cfg)
     else:
         from rl.train import eval_config, run_eval
 
         run_eval(arguments.target, eval_config(arguments.target, cfg, arguments.overrides), arguments.out)
     return 0
+
+
+def _doctor(arguments: Arguments) -> int:
+    """Print the report; 2 when there is something to mend."""
+    from rl.preflight.doctor import examine
+    from rl.quiet import quiet
+
+    quiet()
+    report = examine(arguments.overrides, arguments.config_dir, arguments.rollouts)
+    for line in report.lines():
+        print(line)
+    return 2 if report.errors else 0
 
 
 def _environment() -> None:

@@ -6,7 +6,6 @@ import difflib
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +75,7 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
     if missing := re.search(r"Could not (?:find|load) '([^']+)'", text):
         group, _, option = missing[1].rpartition("/")
         known = _options(group)
-        return f"{group}={option} does not exist.{_did_you_mean(option, known)} Expected one of: {', '.join(known)}."
+        return f"{group}={option} does not exist.{did_you_mean(option, known)} Expected one of: {', '.join(known)}."
     if key := re.search(r"Could not override '([^']+)'", text):
         at = re.search(r"full_key: (\S+)", text)
         return _unknown_key(key[1], at[1] if at else key[1])
@@ -98,10 +97,10 @@ def _unknown_key(key: str, missing_at: str) -> str:
     if group == "plugin" and "." not in name and name != key:
         if name in plugin_names():
             return f"{key} is set, but the plug-in {name} is not selected. Select it, plugin=[fork_mask,{name}], or drop the setting."
-        return f"plugin.{name} does not exist.{_did_you_mean(name, plugin_names())} Known: {', '.join(plugin_names())}."
+        return f"plugin.{name} does not exist.{did_you_mean(name, plugin_names())} Known: {', '.join(plugin_names())}."
     selected = [f"plugin=[{key.split('.')[1]}]"] if group == "plugin" else []
     known = list(_keys(compose(selected)))
-    return f"{key} is not a key of the configuration.{_did_you_mean(key, known)} See all: entrl show --full."
+    return f"{key} is not a key of the configuration.{did_you_mean(key, known)} See all: entrl show --full."
 
 
 def _check_selected(cfg: DictConfig) -> None:
@@ -145,7 +144,7 @@ def reward_gates(reward: DictConfig) -> dict[str, tuple[str | None, float]]:
             )
         if unknown := [k for k in node if k not in _REWARD_KEYS]:
             raise ConfigError(
-                f"{key}.{unknown[0]} is not a key of a reward.{_did_you_mean(unknown[0], _REWARD_KEYS)} "
+                f"{key}.{unknown[0]} is not a key of a reward.{did_you_mean(unknown[0], _REWARD_KEYS)} "
                 f"Expected: {', '.join(_REWARD_KEYS)}; what the function takes stands under fn."
             )
         gate, least = node.get("gate"), node.get("gate_min", 0.5)
@@ -193,7 +192,7 @@ def _keys(cfg: Any, prefix: str = "") -> Iterator[str]:
             yield from _keys(value, f"{prefix}{key}.")
 
 
-def _did_you_mean(word: str, known: Sequence[str]) -> str:
+def did_you_mean(word: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(word, list(known), 1, 0.5)
     return f" Did you mean {close[0]}?" if close else ""
 
@@ -221,120 +220,3 @@ def _leaves(cfg: Any, prefix: str = "") -> dict[str, Any]:
         else:
             out[f"{prefix}{key}"] = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
     return out
-
-
-def check_trainer_options(trainer: DictConfig) -> None:
-    """Every key of ``trainer`` must be an option of the installed ``trl.GRPOConfig``, of its kind; imports TRL.
-
-    TRL itself notices some wrong values only at the first loss, after a rollout.
-
-    Raises:
-        ConfigError: names the key, and the closest option or what is allowed.
-    """
-    from trl import GRPOConfig
-
-    known = {f.name: f.default for f in fields(GRPOConfig) if f.init}
-    for key, value in trainer.items():
-        if key not in known:
-            raise ConfigError(f"trainer.{key} is no option of trl.GRPOConfig.{_did_you_mean(str(key), known)}")
-        if isinstance(known[key], int | float) and value is not None and not isinstance(value, int | float):
-            raise ConfigError(f"trainer.{key}={value} is a {type(value).__name__}. Expected a number or a truth value.")
-        if key in _POSITIVE and not (isinstance(value, int | float) and value > 0):
-            raise ConfigError(f"trainer.{key}={value} does not work. Expected a number above 0.")
-        if key in _CHOICES and value not in _CHOICES[key]:
-            raise ConfigError(f"trainer.{key}={value} is not known. Expected one of: {', '.join(_CHOICES[key])}.")
-        if key in _OURS:
-            raise ConfigError(f"trainer.{key} is set by entrl itself: {_OURS[key]}.")
-
-
-_CHOICES = {
-    "loss_type": ("grpo", "dapo", "bnpo", "dr_grpo", "cispo", "sapo", "luspo", "vespo"),
-    "importance_sampling_level": ("token", "sequence"),
-}
-
-_POSITIVE = (
-    "learning_rate",
-    "max_steps",
-    "temperature",
-    "max_completion_length",
-    "epsilon",
-    "num_iterations",
-    "logging_steps",
-)
-
-# TRL options that would double or break what entrl does.
-_OURS = {
-    "output_dir": "the run folder decides it; use run.dir and run.name",
-    "report_to": "use logger=; TRL's own reports would count W&B steps wrongly",
-    "top_entropy_quantile": "use plugin=[fork_mask] plugin.fork_mask.rho=",
-    "run_name": "use run.name",
-    "disable_tqdm": "the progress line takes its place",
-}
-
-
-@dataclass(frozen=True)
-class BatchAlgebra:
-    """What the batch-size options of TRL amount to."""
-
-    micro_batch: int
-    accumulation: int
-    world: int
-    steps_per_generation: int
-    iterations: int
-    group: int
-
-    @property
-    def completions_per_rollout(self) -> int:
-        return self.micro_batch * self.world * self.steps_per_generation
-
-    @property
-    def completions_per_update(self) -> int:
-        return self.micro_batch * self.world * self.accumulation
-
-    @property
-    def prompts_per_rollout(self) -> int:
-        return self.completions_per_rollout // self.group
-
-    @property
-    def on_policy(self) -> bool:
-        """No update happens between a rollout and its last use."""
-        return self.accumulation % (self.steps_per_generation * self.iterations) == 0
-
-    def __str__(self) -> str:
-        return (
-            f"{self.completions_per_rollout} completions a rollout = {self.micro_batch} per device x {self.world} devices "
-            f"x {self.steps_per_generation} steps_per_generation, in groups of {self.group}"
-        )
-
-    def describe(self) -> str:
-        """For the start of a run."""
-        updates = self.completions_per_rollout * self.iterations / self.completions_per_update
-        policy = "on-policy" if self.on_policy else "off-policy (clipping and old-policy entropies matter)"
-        return f"{self.prompts_per_rollout} prompts x {self.group} completions a rollout, {updates:g} updates from it, {policy}"
-
-
-def batch_algebra(trainer: DictConfig, world: int) -> BatchAlgebra:
-    """The algebra of these options.
-
-    Raises:
-        ConfigError: groups do not fit into the generation batch, or a group of one.
-    """
-    algebra = BatchAlgebra(
-        trainer.per_device_train_batch_size,
-        trainer.gradient_accumulation_steps,
-        world,
-        trainer.steps_per_generation,
-        trainer.num_iterations,
-        trainer.num_generations,
-    )
-    sizes = (algebra.micro_batch, algebra.accumulation, algebra.steps_per_generation, algebra.iterations)
-    if min(sizes) < 1:
-        raise ConfigError(f"trainer has a batch size below 1: {algebra}.")
-    if algebra.group < 2:
-        raise ConfigError(f"trainer.num_generations={algebra.group} leaves nothing to compare. Expected at least 2.")
-    if algebra.completions_per_rollout % algebra.group:
-        raise ConfigError(
-            f"{algebra}: {algebra.completions_per_rollout} is not a multiple of {algebra.group}. "
-            "Change trainer.per_device_train_batch_size, trainer.steps_per_generation or trainer.num_generations."
-        )
-    return algebra

@@ -19,3 +19,11 @@ class CheckpointError(EntrlError, FileNotFoundError):
 
 class SeamError(EntrlError, ImportError):
     """An installed TRL that entrl's seam was not tested against."""
+
+
+def user_errors() -> tuple[type[Exception], ...]:
+    """Every error that is the user's to mend, those of the other packages included."""
+    from data.errors import DataError
+    from rewards.errors import RewardError
+
+    return EntrlError, DataError, RewardError

@@ -17,11 +17,11 @@ from rl import build, rundir
 from rl import problems as problem_sets
 from rl.callbacks.alarm import NoOpAlarm
 from rl.callbacks.progress import Progress, show_sample, show_table
-from rl.config import batch_algebra
 from rl.dynamics import Dynamics
 from rl.errors import ConfigError
 from rl.evaluate import Evaluation, evaluate
 from rl.paths import find_model
+from rl.preflight.brief import Ready, before_training
 from rl.quiet import quiet
 from rl.recorder import Recorder
 from rl.tracking import Tracker, resolve_mode, without_secrets
@@ -37,30 +37,19 @@ def run(cfg: DictConfig, overrides: Sequence[str], argv: Sequence[str]) -> Path 
     started = time.perf_counter()
     if cfg.engine.threads:
         torch.set_num_threads(cfg.engine.threads)
-    algebra = batch_algebra(cfg.trainer, world=1)
-    pipeline = build.pipeline(cfg)
-    functions, weights = build.rewards(cfg)
-    build.decoding(cfg)
     mode = resolve_mode(cfg.logger.mode)
-    args = build.grpo_config(cfg, str(Path(cfg.run.dir) / "unused"), weights)
     set_seed(cfg.seed)
-    path = find_model(cfg.model.path)
-    tokenizer = build.tokenizer(path, cfg.model)
-    problems = problem_sets.problems(cfg, tokenizer)
-    if problems.size is not None and problems.size < algebra.prompts_per_rollout:
-        raise ConfigError(
-            f"data.train has {problems.size} problems, a rollout takes {algebra.prompts_per_rollout} ({algebra}). "
-            "Take more problems, or a smaller trainer.per_device_train_batch_size."
-        )
-    build.probe_rewards(functions, problems.first(1), algebra.group)
+    ready = before_training(cfg)
     name = cfg.run.name or rundir.run_name(cfg.model.name, cfg.data.name, list(cfg.plugin), cfg.seed)
     rundir.check_free(Path(cfg.run.dir), name, cfg.run.overwrite)
-    model = build.language_model(path, cfg.model)
-    sampler = build.sampler(cfg, model, args, pipeline)
+    model = build.language_model(ready.path, cfg.model)
+    sampler = build.sampler(cfg, model, ready.args, ready.pipeline)
     print(f"model     {cfg.model.path}, {model.num_parameters() / 1e6:.1f} M parameters")
-    print(f"data      {problems.describe()}")
+    print(f"data      {ready.problems.describe()}")
     print(f"plug-ins  {', '.join(cfg.plugin) or 'none: plain GRPO'}")
-    print(f"batch     {algebra.describe()}")
+    print(f"batch     {ready.algebra.describe()}")
+    for advice in ready.advice:
+        print(f"advice    {advice}")
     if cfg.dry_run:
         print("dry run: everything is in order, nothing was trained or written.")
         return None
@@ -68,7 +57,7 @@ def run(cfg: DictConfig, overrides: Sequence[str], argv: Sequence[str]) -> Path 
     public = without_secrets(OmegaConf.to_container(cfg))
     rundir.describe(folder, OmegaConf.to_yaml(OmegaConf.create(public)), overrides, argv, cfg.seed)
     print(f"run       {folder}\n")
-    args.output_dir = str(folder / "checkpoints")
+    ready.args.output_dir = str(folder / "checkpoints")
     with (
         _recorded_end(folder),
         Tracker(
@@ -83,14 +72,13 @@ def run(cfg: DictConfig, overrides: Sequence[str], argv: Sequence[str]) -> Path 
         ) as tracker,
     ):
         rundir.update_manifest(folder, {"wandb_id": tracker.id})
-        summary = _train(cfg, folder, tracker, model, tokenizer, problems, functions, pipeline, sampler, args, started)
+        summary = _train(cfg, folder, tracker, model, ready, sampler, started)
         _farewell(folder, tracker, summary)
     return folder
 
 
-def _train(
-    cfg, folder, tracker, model, tokenizer, problems, functions, pipeline, sampler, args, started
-) -> dict[str, Any]:
+def _train(cfg, folder, tracker, model, ready: Ready, sampler, started) -> dict[str, Any]:
+    problems, tokenizer = ready.problems, ready.tokenizer
     seconds = {"warmstart": 0.0, "train": 0.0, "eval": 0.0}
     before = _evaluate(cfg, folder / "eval", "before", model, tokenizer, problems, seconds) if cfg.eval.before else None
     recorder = Recorder(folder / "rollouts", every=cfg.record.every, max_rows=cfg.record.max_rows)
@@ -103,21 +91,19 @@ def _train(
 
     trainer = EntropyTrainer(
         model=model,
-        reward_funcs=functions,
-        args=args,
+        reward_funcs=ready.rewards,
+        args=ready.args,
         train_dataset=problems.train,
         processing_class=tokenizer,
         peft_config=build.peft_config(cfg),
-        pipeline=pipeline,
+        pipeline=ready.pipeline,
         dynamics=Dynamics(before.metrics["entropy/p80"] if before else None),
         recorder=recorder,
-        sinks=[tracker.log, Progress(args.max_steps), samples, NoOpAlarm()],
+        sinks=[tracker.log, Progress(ready.args.max_steps), samples, NoOpAlarm()],
         answers=problems.answers,
         sampler=sampler,
         train_on=cfg.rollout.train_on,
     )
-    for advice in pipeline.check(trainer.facts()):
-        print(f"advice    {advice}")
     set_seed(cfg.seed)  # the same rollouts whether or not the model was evaluated before
     start = time.perf_counter()
     trainer.train()

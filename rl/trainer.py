@@ -24,9 +24,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from trl import GRPOConfig, GRPOTrainer
 
 from rl.callbacks.phase import StepPhase
-from rl.contract import RunFacts, Signal, TokenBatch
+from rl.contract import Signal, TokenBatch
 from rl.dynamics import Dynamics, Histogram
-from rl.groups import check_train_on, leave_out, mean_logps, only_votes, run_facts
+from rl.groups import check_train_on, leave_out, mean_logps, only_votes
 from rl.meter import Meter, distinct_answers, token_shares
 from rl.pipeline import Pipeline
 from rl.recorder import Recorder, texts_of
@@ -372,10 +372,6 @@ class EntropyTrainer(GRPOTrainer):
         return self._rewards
 
     # ---- reporting --------------------------------------------------------------------------------------------------
-
-    def facts(self) -> RunFacts:
-        """What plug-ins may know of this run, for their advice."""
-        return run_facts(self.args, self.accelerator.num_processes)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Hand one step's series to the sinks; TRL's own log then sees the same dictionary it always did."""

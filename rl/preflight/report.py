@@ -7,11 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from data.errors import DataError
-from rewards.errors import RewardError
-from rl.errors import EntrlError
-
-_USER = (EntrlError, DataError, RewardError)
+from rl.errors import user_errors
 
 
 @dataclass(frozen=True)
@@ -30,6 +26,14 @@ class Section:
     facts: list[str] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
 
+    @property
+    def errors(self) -> list[str]:
+        return [f.text for f in self.findings if f.level == "error"]
+
+    @property
+    def advice(self) -> list[str]:
+        return [f.text for f in self.findings if f.level == "advice"]
+
     def error(self, text: str) -> None:
         """Note what stops or spoils a run; each text once."""
         if all(f.text != text for f in self.findings):
@@ -47,7 +51,7 @@ class Section:
         """What ``what(*args)`` returns; None where it raises one of entrl's errors, which is noted."""
         try:
             return what(*args)
-        except _USER as error:
+        except user_errors() as error:
             self.error(str(error))
             return None
 
@@ -65,24 +69,25 @@ class Report:
         self.sections.append(found)
         try:
             yield found
-        except _USER as error:
+        except user_errors() as error:
             found.error(str(error))
         except Exception as error:
-            found.advise(f"this check failed itself: {type(error).__name__}: {error}. Please report it.")
+            found.error(
+                f"this check failed itself, which is a mistake of entrl: {type(error).__name__}: {error}. Please report it."
+            )
 
     @property
     def errors(self) -> list[str]:
-        return [f.text for section in self.sections for f in section.findings if f.level == "error"]
+        return [text for section in self.sections for text in section.errors]
 
     @property
     def advice(self) -> list[str]:
-        return [f.text for section in self.sections for f in section.findings if f.level == "advice"]
+        return [text for section in self.sections for text in section.advice]
 
     def lines(self) -> Iterator[str]:
         """The report as text: a heading a check, facts indented, ``x`` before errors, ``!`` before advice."""
         for section in self.sections:
-            errors = sum(f.level == "error" for f in section.findings)
-            state = f"{errors} to mend" if errors else "ok"
+            state = f"{len(section.errors)} to mend" if section.errors else "ok"
             yield f"{section.title:<16}{state}"
             yield from (f"  {fact}" for fact in section.facts)
             yield from (f"  {'x' if f.level == 'error' else '!'} {f.text}" for f in section.findings)

@@ -1,0 +1,63 @@
+"""What every training starts with: everything that would stop it later, found before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from omegaconf import DictConfig
+from transformers import PreTrainedTokenizerBase
+from trl import GRPOConfig
+
+from rl import build
+from rl.errors import ConfigError
+from rl.options import BatchAlgebra, batch_algebra
+from rl.pipeline import Pipeline
+from rl.preflight import settings, tasks
+from rl.preflight.doctor import check_memory, context_of, model_config
+from rl.preflight.report import Section
+from rl.problems import Problems
+
+
+class Ready(NamedTuple):
+    """What a run is made of, up to its weights."""
+
+    pipeline: Pipeline
+    args: GRPOConfig
+    algebra: BatchAlgebra
+    path: str
+    tokenizer: PreTrainedTokenizerBase
+    problems: Problems
+    rewards: list[Callable[..., Any]]
+    advice: list[str]
+
+
+def before_training(cfg: DictConfig) -> Ready:
+    """Make everything but the model.
+
+    Raises:
+        ConfigError: all that stops the run, a line each.
+    """
+    section = Section("before training")
+    pipeline, args = settings.check_settings(cfg, section)
+    algebra = section.attempt(batch_algebra, cfg.trainer, 1)
+    if algebra is not None:
+        settings.check_batch(cfg, section, pipeline, args)
+    path, tokenizer = settings.model_path(cfg, section)
+    config = None if path is None else section.attempt(model_config, path, cfg)
+    found = None if tokenizer is None else tasks.check_data(cfg, tokenizer, section)
+    functions = None
+    if found is not None and args is not None and algebra is not None:
+        tasks.check_size(section, found, algebra)
+        tasks.check_columns(cfg, section, found)
+        if not section.errors:
+            functions, _ = build.rewards(cfg)
+            section.attempt(build.probe_rewards, functions, found.first(1), algebra.group)
+    if not section.errors:
+        longest = tasks.check_prompts(cfg, section, found, tokenizer, context_of(config))
+        check_memory(cfg, section, config, args, pipeline, longest)
+    if len(section.errors) == 1:
+        raise ConfigError(section.errors[0])
+    if section.errors:
+        raise ConfigError(f"{len(section.errors)} things to mend:\n" + "\n".join(f"  x {e}" for e in section.errors))
+    return Ready(pipeline, args, algebra, path, tokenizer, found, functions, section.advice)

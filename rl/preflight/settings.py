@@ -1,0 +1,157 @@
+"""The configuration by itself: does it compose, can everything it names be made, do the numbers fit each other?"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from trl import GRPOConfig
+
+from rl import build, rundir
+from rl.config import compose, gate_order, reward_gates
+from rl.errors import ConfigError
+from rl.groups import check_train_on, run_facts
+from rl.options import batch_algebra, trainer_flaws
+from rl.paths import find_model
+from rl.pipeline import Pipeline
+from rl.preflight.report import Section
+from rl.testing import batch_from_logits
+from rl.tracking import resolve_mode
+
+
+def compose_what_can_be(overrides: Sequence[str], config_dir: str | None, section: Section) -> DictConfig:
+    """The configuration without the overrides that cannot be composed, each of which is noted.
+
+    Raises:
+        ConfigError: not even the default composes.
+    """
+    left = list(overrides)
+    while True:
+        try:
+            return compose(left, config_dir)
+        except ConfigError:
+            if not left:
+                raise
+        for end in range(1, len(left) + 1):
+            try:
+                compose(left[:end], config_dir)
+            except ConfigError as error:
+                section.error(str(error))
+                del left[end - 1]
+                break
+
+
+def check_settings(cfg: DictConfig, section: Section) -> tuple[Pipeline | None, GRPOConfig | None]:
+    """Everything that is made from ``cfg`` without data or weights; what could be made is returned."""
+    plugins = {name: section.attempt(build.make, f"plugin.{name}", node) for name, node in cfg.plugin.items()}
+    good = {name: plugin for name, plugin in plugins.items() if plugin is not None}
+    pipeline = section.attempt(Pipeline, good)
+    for flaw in trainer_flaws(cfg.trainer):
+        section.error(flaw)
+    _check_rewards(cfg, section)
+    section.attempt(build.decoding, cfg)
+    section.attempt(resolve_mode, cfg.logger.mode)
+    section.attempt(build.check_dtype, cfg.model)
+    section.attempt(build.peft_config, cfg)
+    for key, least in (("record.every", 0), ("record.max_rows", 1), ("record.show", 0)):
+        value = OmegaConf.select(cfg, key)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            section.error(f"{key}={value} does not work. Expected a whole number of at least {least}.")
+    if cfg.engine.threads is not None and not (isinstance(cfg.engine.threads, int) and cfg.engine.threads > 0):
+        section.error(f"engine.threads={cfg.engine.threads} does not work. Expected a number above 0, or null.")
+    if cfg.run.name is not None:
+        section.attempt(rundir.check_free, Path(cfg.run.dir), cfg.run.name, cfg.run.overwrite)
+    if cfg.trainer.get("bf16") and not torch.cuda.is_available():
+        section.error("trainer.bf16=true needs a GPU that was not found. Leave it null: on with a GPU, off without.")
+    if section.errors:
+        return pipeline, None
+    args = section.attempt(build.grpo_config, cfg, str(Path(cfg.run.dir) / "unused"), _weights(cfg))
+    if args is not None:
+        section.attempt(build.check_backend, cfg.rollout.backend, args)
+        section.attempt(check_train_on, cfg.rollout.train_on, args)
+    return pipeline, args
+
+
+def _check_rewards(cfg: DictConfig, section: Section) -> None:
+    if not cfg.reward:
+        section.attempt(build.rewards, cfg)
+        return
+    gates = section.attempt(reward_gates, cfg.reward)
+    if gates is not None:
+        section.attempt(gate_order, gates)
+        if not any(_weights(cfg)):
+            section.error(
+                "Every reward has weight 0, so there is nothing to learn. Set reward.<name>.weight of one of them."
+            )
+    for name, node in cfg.reward.items():
+        section.attempt(build.make, f"reward.{name}.fn", node.fn)
+
+
+def _weights(cfg: DictConfig) -> list[float]:
+    return [float(node.weight) for node in cfg.reward.values()]
+
+
+def check_batch(cfg: DictConfig, section: Section, pipeline: Pipeline | None, args: GRPOConfig | None) -> None:
+    """The batch algebra as a table, and what it means for the plug-ins."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    algebra = batch_algebra(cfg.trainer, world)
+    for line in algebra.table(cfg.trainer.max_completion_length):
+        section.fact(line)
+    per_rollout, per_update = algebra.steps_per_generation, algebra.accumulation
+    if max(per_rollout, per_update) % min(per_rollout, per_update):
+        section.error(
+            f"trainer.steps_per_generation={per_rollout} and trainer.gradient_accumulation_steps={per_update} do not divide each "
+            "other: an update would mix two rollouts. Make one a multiple of the other."
+        )
+    if pipeline is None or args is None:
+        return
+    for advice in pipeline.check(run_facts(args, world)):
+        section.advise(advice)
+    if cfg.rollout.backend == "vllm" and (cfg.trainer.top_p < 1 or args.top_k or args.min_p):
+        section.advise(
+            "trainer.top_p, top_k and min_p change what vLLM samples from but not the probabilities that TRL's importance "
+            "correction divides by. Leave them off, or set trainer.vllm_importance_sampling_correction=false."
+        )
+
+
+def check_plugins(section: Section, pipeline: Pipeline, on_policy: bool) -> None:
+    """A synthetic batch through every plug-in: one that touches no token there will hardly touch any in a run."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    rows, width, vocabulary = 16, 48, 64
+    spread = torch.rand(rows, width, 1, generator=generator) * 8  # from nearly uniform to nearly certain
+    logits = random(rows, width, vocabulary) * spread
+    ids = torch.multinomial(logits.softmax(-1).flatten(0, 1), 1, generator=generator).view(rows, width)
+    lengths = torch.randint(8, width + 1, (rows, 1), generator=generator)
+    tokens = batch_from_logits(
+        logits.requires_grad_(),
+        ids,
+        torch.arange(width) < lengths,
+        random(rows),
+        old_logits=None if on_policy else logits.detach() + 0.3 * random(*logits.shape),
+        ref_logits=logits.detach() + 0.1 * random(*logits.shape),
+        group=torch.arange(rows) // 8,
+        total_steps=100,
+    )
+    metrics = pipeline(tokens).metrics
+    for name in pipeline.plugins:
+        total, count = metrics[f"plugin/{name}/touched"]
+        share = float(total / count)
+        section.fact(f"{name} touches {share:.0%} of the tokens of a synthetic batch")
+        if share == 0:
+            section.advise(
+                f"plugin.{name} touches no token of a synthetic {'on' if on_policy else 'off'}-policy batch: are its settings neutral?"
+            )
+
+
+def model_path(cfg: DictConfig, section: Section) -> tuple[str | None, Any]:
+    """Where the model is and its tokenizer, None for what cannot be had."""
+    path = section.attempt(find_model, cfg.model.path)
+    return path, None if path is None else section.attempt(build.tokenizer, path, cfg.model)
