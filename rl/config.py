@@ -16,7 +16,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from rl.errors import ConfigError
+from rl.errors import ConfigError, MissingError
 from rl.paths import configs_dir
 
 
@@ -49,7 +49,7 @@ def compose(overrides: Sequence[str] = (), config_dir: str | None = None) -> Dic
     try:
         return OmegaConf.create(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
     except MissingMandatoryValue as error:
-        raise ConfigError(f"{error.full_key} is not set. Give it on the command line: {error.full_key}=...") from error
+        raise MissingError(error.full_key) from error
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {_first_line(error)}.") from error
 

@@ -9,6 +9,14 @@ class ConfigError(EntrlError, ValueError):
     """A configuration value that cannot work."""
 
 
+class MissingError(ConfigError):
+    """A value that nobody gave; ``key`` is where it belongs."""
+
+    def __init__(self, key: str):
+        super().__init__(f"{key} is not set. Give it on the command line: {key}=...")
+        self.key = key
+
+
 class RunExistsError(EntrlError, FileExistsError):
     """A run name that is taken."""
 

@@ -148,18 +148,20 @@ def test_lora(tmp_path):
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the folder with real problem sets is not there")
-@pytest.mark.parametrize("data", ["parquet", "gsm8k"])
-def test_real_problems_scored_by_math_verify(tmp_path, data):
-    layout = ["data.columns={prompt: prompt, answer: reward_model.ground_truth}"] if data == "gsm8k" else []
+@pytest.mark.parametrize(
+    "data, file", [("parquet", "gsm8k_test"), ("gsm8k", "gsm8k_test"), ("dapo_math_17k", "DAPO-Math-17k")]
+)
+def test_real_problems_scored_by_math_verify(tmp_path, data, file):
     small = [o for o in SMALL if "count" not in o]
     assert (
         entrl(
             "train",
             *small,
             f"data={data}",
-            f"data.path={SHARED / 'gsm8k_test.parquet'}",
-            *layout,
-            "data.heldout.limit=4",
+            f"data.path={SHARED / file}.parquet",
+            "data.holdout=4",
+            "data.strict_grader=null",
+            "data.strict_answers=null",
             "trainer.max_completion_length=8",
             f"run.dir={tmp_path}",
             "run.name=it",
@@ -283,8 +285,8 @@ def test_missing_columns_and_empty_files(tmp_path, capsys):
     rows = tmp_path / "set.jsonl"
     rows.write_text('{"question": "1+1", "gold": "2"}\n')
     where = ["data=jsonl", f"data.path={rows}", f"run.dir={tmp_path}/runs"]
-    sentence = fails(capsys, "train", "data.train.skip=0", *where)
-    assert "has no column 'prompt' for 'prompt'. Present: question, gold." in sentence
+    sentence = fails(capsys, "train", *where)
+    assert "none 'answer' for 'answer'. Present: question, gold." in sentence
     rows.write_text("")
     assert "is empty" in fails(capsys, "train", *where)
     assert not (tmp_path / "runs").exists()

@@ -40,14 +40,14 @@ def before_training(cfg: DictConfig) -> Ready:
     """
     section = Section("before training")
     pipeline, args = settings.check_settings(cfg, section)
-    algebra = section.attempt(batch_algebra, cfg.trainer, 1)
+    algebra = None if args is None else batch_algebra(cfg.trainer, settings.world())
     if algebra is not None:
         settings.check_batch(cfg, section, pipeline, args)
     path, tokenizer = settings.model_path(cfg, section)
     config = None if path is None else section.attempt(model_config, path, cfg)
     found = None if tokenizer is None else tasks.check_data(cfg, tokenizer, section)
     functions = None
-    if found is not None and args is not None and algebra is not None:
+    if found is not None and algebra is not None:
         tasks.check_size(section, found, algebra)
         tasks.check_columns(cfg, section, found)
         if not section.errors:

@@ -48,7 +48,8 @@ def examine(overrides: Sequence[str], config_dir: str | None, rollouts: int) -> 
         weights = 0 if config is None else sizes(config).parameters * (4 if cfg.model.dtype == "float32" else 2)
         environment.check_machine(section, cfg.run.dir, weights, cfg.logger.mode)
     with report.section("batch") as section:
-        settings.check_batch(cfg, section, pipeline, args)
+        if args is not None:
+            settings.check_batch(cfg, section, pipeline, args)
     found, longest = None, None
     with report.section("data") as section:
         if tokenizer is None:
@@ -58,7 +59,8 @@ def examine(overrides: Sequence[str], config_dir: str | None, rollouts: int) -> 
         if found is not None:
             longest = tasks.check_prompts(cfg, section, found, tokenizer, config and context_of(config))
             tasks.check_unknown_words(section, found, tokenizer)
-            section.attempt(lambda: tasks.check_size(section, found, batch_algebra(cfg.trainer, 1)))
+            if args is not None:
+                tasks.check_size(section, found, batch_algebra(cfg.trainer, settings.world()))
     with report.section("rewards") as section:
         if found is not None:
             tasks.check_columns(cfg, section, found)
@@ -68,8 +70,8 @@ def examine(overrides: Sequence[str], config_dir: str | None, rollouts: int) -> 
         if config is not None and args is not None and longest is not None:
             check_memory(cfg, section, config, args, pipeline, longest)
     with report.section("plug-ins") as section:
-        if pipeline is not None and pipeline.plugins:
-            settings.check_plugins(section, pipeline, batch_algebra(cfg.trainer, 1).on_policy)
+        if args is not None and pipeline.plugins:
+            settings.check_plugins(section, pipeline, batch_algebra(cfg.trainer, settings.world()).on_policy)
     if rollouts:
         with report.section("rollouts") as section:
             if report.errors:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata as metadata
-import os
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -51,7 +51,9 @@ def check_machine(section: Section, run_dir: str, weights: int, logger_mode: str
     folder = Path(run_dir).expanduser().absolute()
     while not folder.exists():
         folder = folder.parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError:
         section.error(f"run.dir={run_dir} cannot be written to. Choose another: run.dir=FOLDER.")
     free = shutil.disk_usage(folder).free
     section.fact(f"{free / _GIB:.0f} GiB of disk free under run.dir")

@@ -13,7 +13,7 @@ from trl import GRPOConfig
 
 from rl import build, rundir
 from rl.config import compose, gate_order, reward_gates
-from rl.errors import ConfigError
+from rl.errors import ConfigError, MissingError
 from rl.groups import check_train_on, run_facts
 from rl.options import batch_algebra, trainer_flaws
 from rl.paths import find_model
@@ -33,16 +33,30 @@ def compose_what_can_be(overrides: Sequence[str], config_dir: str | None, sectio
     while True:
         try:
             return compose(left, config_dir)
+        except MissingError as error:
+            section.error(str(error))
+            left.append(f"{error.key}=missing")
         except ConfigError:
             if not left:
                 raise
-        for end in range(1, len(left) + 1):
-            try:
-                compose(left[:end], config_dir)
-            except ConfigError as error:
-                section.error(str(error))
-                del left[end - 1]
-                break
+            del left[_first_wrong(left, config_dir, section)]
+
+
+def _first_wrong(overrides: Sequence[str], config_dir: str | None, section: Section) -> int:
+    for end in range(1, len(overrides) + 1):
+        try:
+            compose(overrides[:end], config_dir)
+        except MissingError:
+            continue  # its value may come later on the line
+        except ConfigError as error:
+            section.error(str(error))
+            return end - 1
+    raise AssertionError("overrides that compose one after the other do not compose together")
+
+
+def world() -> int:
+    """Processes of this run."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def check_settings(cfg: DictConfig, section: Section) -> tuple[Pipeline | None, GRPOConfig | None]:
@@ -50,8 +64,11 @@ def check_settings(cfg: DictConfig, section: Section) -> tuple[Pipeline | None, 
     plugins = {name: section.attempt(build.make, f"plugin.{name}", node) for name, node in cfg.plugin.items()}
     good = {name: plugin for name, plugin in plugins.items() if plugin is not None}
     pipeline = section.attempt(Pipeline, good)
-    for flaw in trainer_flaws(cfg.trainer):
+    flaws = list(trainer_flaws(cfg.trainer))
+    for flaw in flaws:
         section.error(flaw)
+    if not flaws:  # the numbers are numbers
+        section.attempt(batch_algebra, cfg.trainer, world())
     _check_rewards(cfg, section)
     section.attempt(build.decoding, cfg)
     section.attempt(resolve_mode, cfg.logger.mode)
@@ -97,8 +114,7 @@ def _weights(cfg: DictConfig) -> list[float]:
 
 def check_batch(cfg: DictConfig, section: Section, pipeline: Pipeline | None, args: GRPOConfig | None) -> None:
     """The batch algebra as a table, and what it means for the plug-ins."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    algebra = batch_algebra(cfg.trainer, world)
+    algebra = batch_algebra(cfg.trainer, world())
     for line in algebra.table(cfg.trainer.max_completion_length):
         section.fact(line)
     per_rollout, per_update = algebra.steps_per_generation, algebra.accumulation
@@ -109,7 +125,7 @@ def check_batch(cfg: DictConfig, section: Section, pipeline: Pipeline | None, ar
         )
     if pipeline is None or args is None:
         return
-    for advice in pipeline.check(run_facts(args, world)):
+    for advice in pipeline.check(run_facts(args, world())):
         section.advise(advice)
     if cfg.rollout.backend == "vllm" and (cfg.trainer.top_p < 1 or args.top_k or args.min_p):
         section.advise(
