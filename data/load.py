@@ -6,15 +6,18 @@ import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Literal
 
 import pyarrow as pa
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, concatenate_datasets
 
 from data.errors import DataError
 from data.prompts import PromptFormat, plain
 from data.read import Row, first_line, local_files, rows
 from data.schema import Columns, flaw, pick, reach, report, resolve
+
+_CHUNK = 10_000  # rows that are Python objects at a time
 
 log = logging.getLogger("entrl.data")
 
@@ -76,25 +79,26 @@ def table(source: Source, part: Literal["train", "heldout"], limit: int | None =
         DataError: nothing there, a missing column (named, with those present), bad rows, or no row left.
     """
     if source.streaming and part == "train":
-        first = next(_good_rows(source, part, limit=1), None)
-        if first is not None:
-            # the columns are known from the first row; a generator that is asked again starts again
-            return IterableDataset.from_generator(
-                _good_rows, gen_kwargs={"source": source, "part": part, "limit": limit}
-            )
-        found = []
-    else:
-        found = list(_good_rows(source, part, limit))
-    if not found:
-        raise DataError(
-            f"data path={source.path} has no row left for {part} (holdout={source.holdout}, where={dict(source.where)}, limit={limit})."
-        )
+        if next(_good_rows(source, part, limit=1), None) is None:  # what is wrong with the first row is said now
+            raise _nothing_left(source, part, limit)
+        # a generator that is asked again starts again
+        return IterableDataset.from_generator(_good_rows, gen_kwargs={"source": source, "part": part, "limit": limit})
+    rows = _good_rows(source, part, limit)
     try:
-        return Dataset.from_list(found)
+        chunks = [Dataset.from_list(chunk) for chunk in iter(lambda: list(islice(rows, _CHUNK)), [])]
+        if not chunks:
+            raise _nothing_left(source, part, limit)
+        return concatenate_datasets(chunks)
     except pa.ArrowException as error:
         raise DataError(
             f"data path={source.path} has a column of mixed types: {first_line(error)}. Make it text, or leave it out of data.columns."
         ) from error
+
+
+def _nothing_left(source: Source, part: str, limit: int | None) -> DataError:
+    return DataError(
+        f"data path={source.path} has no row left for {part} (holdout={source.holdout}, where={dict(source.where)}, limit={limit})."
+    )
 
 
 def plain_text(data: Dataset | IterableDataset) -> Dataset | IterableDataset:
