@@ -263,21 +263,19 @@ def _rollout_items(run: _Run, size: Sizes) -> dict[str, int]:
     buffer = rows * (16 * prompt + 32 * run.completion_tokens)  # ids, masks, logp, entropy, rank
     if run.rollout.startswith("vllm"):
         return {"KV cache": 0, "sampling": 0, "rollout buffer": buffer}
-    prefilled, joined, step = (
-        rows,
-        0,
-        rows * size.vocabulary * (w + 12),
-    )  # logits, fp32, at the temperature, probabilities
+    cache = kv_cache_bytes(size, rows * (prompt + run.completion_tokens), w)
     if run.rollout == "native":
-        prefilled, step = -(-rows // run.group), rows * size.vocabulary * 24  # fp64 probabilities and their sums
+        prefilled, wide = -(-rows // run.group), 4 * size.intermediate + 8 * size.hidden  # once for a group
+        step = rows * size.vocabulary * 24  # fp32 logits, fp64 probabilities and their sums
         per_layer = size.hidden * (size.head_dim * (size.heads + 2 * size.kv_heads) + 2 * size.intermediate)
-        joined = 0 if run.lora_rank else size.layers * per_layer * w
-    prefill = prefilled * prompt * w * (4 * size.intermediate + 4 * size.hidden)
+        joined = 0 if run.lora_rank else size.layers * per_layer * w  # projections of the same input, side by side
+    else:
+        prefilled, wide, joined = rows, 3 * size.intermediate + 4 * size.hidden, 0
+        # logits, fp32, at the temperature, probabilities; and a layer's cache is copied to grow by a token
+        step = rows * size.vocabulary * (w + 12) + cache // size.layers
+    prefill = prefilled * prompt * w * wide
     if run.attention == "eager":
         prefill += prefilled * size.heads * prompt * prompt * (w + 4)
-    cache = kv_cache_bytes(size, rows * (prompt + run.completion_tokens), w)
-    if run.rollout == "hf":
-        cache += cache // size.layers  # the cache of a layer is copied when it grows
     return {"KV cache": cache, "sampling": joined + max(prefill, step), "rollout buffer": buffer}
 
 
