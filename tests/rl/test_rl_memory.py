@@ -149,7 +149,19 @@ def test_a_layer_keeps_what_autograd_keeps(cls, attention, kind):
     assert found[1] - found[0] == 2 * 48 * expected
 
 
-def saved_bytes(cls, layers, attention, dtype, rank, padded):
+@pytest.mark.parametrize("cls", [Qwen2Config, Qwen3Config])
+def test_a_layer_under_autocast(cls):
+    """fp32 weights: the copies that autocast keeps of them are counted with the activations of the whole model."""
+    found = [saved_bytes(cls, n, "sdpa", torch.float32, 0, False, autocast=True) for n in (1, 2)]
+    changes = {"head_dim": 16} if cls is Qwen3Config else {}
+    size = sizes(config(cls, **changes))
+    copies = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 160)
+    assert found[1] - found[0] == 2 * 48 * activation_bytes(size, 48, 4, 2, padded=False) + copies
+    half = [saved_bytes(cls, n, "sdpa", torch.bfloat16, 0, False, autocast=True) for n in (1, 2)]
+    assert half[1] - half[0] == 2 * 48 * activation_bytes(size, 48, 2, 2, padded=False)
+
+
+def saved_bytes(cls, layers, attention, dtype, rank, padded, autocast=False):
     """Storage that autograd keeps of the forward of 2 x 48 tokens, without the parameters."""
     changes = {"head_dim": 16} if cls is Qwen3Config else {}
     small = config(cls, num_hidden_layers=layers, attn_implementation=attention, **changes)
@@ -167,7 +179,10 @@ def saved_bytes(cls, layers, attention, dtype, rank, padded):
 
     mask = torch.ones(2, 48, dtype=torch.long)
     mask[0, :5] = 0 if padded else 1
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+    ):
         body.model(input_ids=torch.ones(2, 48, dtype=torch.long), attention_mask=mask, use_cache=False)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
