@@ -22,14 +22,13 @@ _DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 # Measured (scripts/bench_memory.py): Python, torch, transformers and trl, and what they keep after a first step on a CPU.
 _FRAMEWORK_CPU = 510 * MIB
-# Measured: glibc keeps freed tensors below 32 MiB in its heap, in holes that the next ones do not fit; a share of all tensors.
+# Measured: glibc keeps freed tensors below 32 MiB in its heap, in holes that the next ones do not fit. A share of all tensors;
+# with LoRA once the activations of all layers, checkpointed or not.
 _GLIBC = 0.25
 _FRAMEWORK_CUDA = 1 * GIB  # context, libraries and their workspaces; not measured
 _SLAB, _FORMED = 64 * MIB, 256 * MIB  # buffers of rl.head
 _GPU_TILE = (4096, 32768)  # tokens and words of TRL's kernel (rl.kernel)
-_KL_TILES = (
-    8 * 64 * MIB
-)  # rl.scoring's tile in the backward of the full-vocabulary KL: logits, logp and their gradients
+_KL_TILES, _KL_TILE = 8, 64 * MIB  # backward of the full-vocabulary KL: logits, logp, gradients of rl.scoring's tile
 _CLOSE = 0.9  # of what is available: above that a run is not said to fit
 
 # what is held when, beside what is always held
@@ -221,12 +220,15 @@ def _estimate(run: _Run) -> MemoryEstimate:
     size = sizes(run.config)
     adapters, adapted = lora_parameters(run.config, run.lora_rank, run.lora_targets) if run.lora_rank else (0, 0)
     items, host = _model_items(run, size, adapters)
-    items |= _rollout_items(run, size) | _training_items(run, size, adapters, adapted)
+    items |= _rollout_items(run, size) | _training_items(run, size, adapted)
     items["framework"] = _FRAMEWORK_CPU if run.device == "cpu" else _FRAMEWORK_CUDA
     if run.device == "cpu":
         always = sum(items.get(name, 0) for name in _ALWAYS) - _FRAMEWORK_CPU
         for phase, names in _PHASES.items():
             items[f"allocator, {phase}"] = int(_GLIBC * (always + sum(items.get(name, 0) for name in names)))
+        if run.lora_rank:
+            every = _training_items(replace(run, checkpointing=False), size, adapted)["activations"]
+            items["allocator, forward/backward"] = every
     else:
         host["model while it is loaded"] = size.parameters * run.width
     return MemoryEstimate(items, host, run)
@@ -279,7 +281,7 @@ def _rollout_items(run: _Run, size: Sizes) -> dict[str, int]:
     return {"KV cache": cache, "sampling": joined + max(prefill, step), "rollout buffer": buffer}
 
 
-def _training_items(run: _Run, size: Sizes, adapters: int, adapted: int) -> dict[str, int]:
+def _training_items(run: _Run, size: Sizes, adapted: int) -> dict[str, int]:
     columns = run.prompt_tokens + run.completion_tokens
     tokens, w, c = run.micro_batch * columns, run.width, run.compute_width
     layer = tokens * activation_bytes(
@@ -298,7 +300,10 @@ def _loss_bytes(run: _Run, size: Sizes) -> int:
     """Buffers of rl.head and rl.kernel: a tile and slabs of bounded size, never (tokens, vocabulary)."""
     tokens, c = run.micro_batch * run.completion_tokens, run.compute_width
     states = tokens * size.hidden * (4 + c)
-    kl = _KL_TILES + (2 * size.vocabulary * size.hidden * 4 if run.width < 4 else 0) if run.full_kl else 0
+    kl = 0
+    if run.full_kl:
+        weights = 2 * size.vocabulary * size.hidden * 4 if run.width < 4 else 0  # both heads in fp32
+        kl = _KL_TILES * min(_KL_TILE, 4 * tokens * size.vocabulary) + weights
     if run.device == "cuda":
         return max(min(tokens, _GPU_TILE[0]) * min(size.vocabulary, _GPU_TILE[1]) * c + states, kl)
     known = run.rollout == "native" and not (run.beta or run.full_kl)  # the gradient is formed in the forward

@@ -199,6 +199,24 @@ def test_the_loss_never_holds_the_logits():
     assert found - gradient < 0.02 * logits
 
 
+def test_the_full_kl_has_tiles_of_bounded_size():
+    wide, gradient = config(vocab_size=20_000), 20_000 * 64 * 4
+    few, many = (
+        estimate(wide, **{**RUN, "completion_tokens": n}, full_kl=True).items["loss"] - gradient for n in (128, 8192)
+    )
+    assert few == 8 * 4 * (4 * 128) * 20_000  # fewer tokens than a tile has
+    assert many == 8 * (64 << 20)
+
+
+def test_the_heap_of_a_cpu_is_counted_and_that_of_a_gpu_is_not():
+    full, adapters = estimate(config(), **RUN), estimate(config(), lora_rank=4, checkpointing=True, **RUN)
+    tensors = full.total - full.items["framework"] - full.items["allocator, forward/backward"]
+    assert full.items["allocator, forward/backward"] == int(0.25 * tensors)
+    every = estimate(config(), lora_rank=4, **RUN).items["activations"]
+    assert adapters.items["allocator, forward/backward"] == every > adapters.items["activations"]
+    assert not any("allocator" in name for name in estimate(SEVEN, **BIG).items)
+
+
 def test_the_peak_is_the_largest_moment():
     long = estimate(config(), **{**RUN, "completion_tokens": 4000})
     assert long.peak_phase == "forward/backward" and long.total == max(long.phases.values())
@@ -289,7 +307,7 @@ def test_the_estimate_is_within_a_quarter_of_a_real_run(monkeypatch):
     from bench_common import rounds
 
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(SCRIPTS), str(SCRIPTS.parent)]))
-    cases = {"full": {}, "checkpointing": {"checkpointing": True, "rollout": "hf", "completion_tokens": 128}}
+    cases = {"full": {}, "LoRA": {"lora_rank": 8, "checkpointing": True, "rollout": "hf"}}
     work = {name: (bench_memory.measured, (bench_memory.SMALL, changes, 2, 1)) for name, changes in cases.items()}
     for name, found in rounds(work, 1).items():
         expected = bench_memory.estimated(bench_memory.SMALL, cases[name])
