@@ -22,14 +22,13 @@ _DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 # Measured (scripts/bench_memory.py): Python, torch, transformers and trl, and what they keep after a first step on a CPU.
 _FRAMEWORK_CPU = 510 * MIB
-# Measured: glibc keeps freed tensors below 32 MiB in its heap, in holes that the next ones do not fit; a share of all tensors.
+# Measured: glibc keeps freed tensors below 32 MiB in its heap, in holes that the next ones do not fit. A share of all tensors;
+# with LoRA once the activations of all layers, checkpointed or not.
 _GLIBC = 0.25
 _FRAMEWORK_CUDA = 1 * GIB  # context, libraries and their workspaces; not measured
 _SLAB, _FORMED = 64 * MIB, 256 * MIB  # buffers of rl.head
 _GPU_TILE = (4096, 32768)  # tokens and words of TRL's kernel (rl.kernel)
-_KL_TILES = (
-    8 * 64 * MIB
-)  # rl.scoring's tile in the backward of the full-vocabulary KL: logits, logp and their gradients
+_KL_TILES, _KL_TILE = 8, 64 * MIB  # backward of the full-vocabulary KL: logits, logp, gradients of rl.scoring's tile
 _CLOSE = 0.9  # of what is available: above that a run is not said to fit
 
 # what is held when, beside what is always held
@@ -221,12 +220,15 @@ def _estimate(run: _Run) -> MemoryEstimate:
     size = sizes(run.config)
     adapters, adapted = lora_parameters(run.config, run.lora_rank, run.lora_targets) if run.lora_rank else (0, 0)
     items, host = _model_items(run, size, adapters)
-    items |= _rollout_items(run, size) | _training_items(run, size, adapters, adapted)
+    items |= _rollout_items(run, size) | _training_items(run, size, adapted)
     items["framework"] = _FRAMEWORK_CPU if run.device == "cpu" else _FRAMEWORK_CUDA
     if run.device == "cpu":
         always = sum(items.get(name, 0) for name in _ALWAYS) - _FRAMEWORK_CPU
         for phase, names in _PHASES.items():
             items[f"allocator, {phase}"] = int(_GLIBC * (always + sum(items.get(name, 0) for name in names)))
+        if run.lora_rank:
+            every = _training_items(replace(run, checkpointing=False), size, adapted)["activations"]
+            items["allocator, forward/backward"] = every
     else:
         host["model while it is loaded"] = size.parameters * run.width
     return MemoryEstimate(items, host, run)
@@ -263,25 +265,23 @@ def _rollout_items(run: _Run, size: Sizes) -> dict[str, int]:
     buffer = rows * (16 * prompt + 32 * run.completion_tokens)  # ids, masks, logp, entropy, rank
     if run.rollout.startswith("vllm"):
         return {"KV cache": 0, "sampling": 0, "rollout buffer": buffer}
-    prefilled, joined, step = (
-        rows,
-        0,
-        rows * size.vocabulary * (w + 12),
-    )  # logits, fp32, at the temperature, probabilities
+    cache = kv_cache_bytes(size, rows * (prompt + run.completion_tokens), w)
     if run.rollout == "native":
-        prefilled, step = -(-rows // run.group), rows * size.vocabulary * 24  # fp64 probabilities and their sums
+        prefilled, wide = -(-rows // run.group), 4 * size.intermediate + 8 * size.hidden  # once for a group
+        step = rows * size.vocabulary * 24  # fp32 logits, fp64 probabilities and their sums
         per_layer = size.hidden * (size.head_dim * (size.heads + 2 * size.kv_heads) + 2 * size.intermediate)
-        joined = 0 if run.lora_rank else size.layers * per_layer * w
-    prefill = prefilled * prompt * w * (4 * size.intermediate + 4 * size.hidden)
+        joined = 0 if run.lora_rank else size.layers * per_layer * w  # projections of the same input, side by side
+    else:
+        prefilled, wide, joined = rows, 3 * size.intermediate + 4 * size.hidden, 0
+        # logits, fp32, at the temperature, probabilities; and a layer's cache is copied to grow by a token
+        step = rows * size.vocabulary * (w + 12) + cache // size.layers
+    prefill = prefilled * prompt * w * wide
     if run.attention == "eager":
         prefill += prefilled * size.heads * prompt * prompt * (w + 4)
-    cache = kv_cache_bytes(size, rows * (prompt + run.completion_tokens), w)
-    if run.rollout == "hf":
-        cache += cache // size.layers  # the cache of a layer is copied when it grows
     return {"KV cache": cache, "sampling": joined + max(prefill, step), "rollout buffer": buffer}
 
 
-def _training_items(run: _Run, size: Sizes, adapters: int, adapted: int) -> dict[str, int]:
+def _training_items(run: _Run, size: Sizes, adapted: int) -> dict[str, int]:
     columns = run.prompt_tokens + run.completion_tokens
     tokens, w, c = run.micro_batch * columns, run.width, run.compute_width
     layer = tokens * activation_bytes(
@@ -300,7 +300,10 @@ def _loss_bytes(run: _Run, size: Sizes) -> int:
     """Buffers of rl.head and rl.kernel: a tile and slabs of bounded size, never (tokens, vocabulary)."""
     tokens, c = run.micro_batch * run.completion_tokens, run.compute_width
     states = tokens * size.hidden * (4 + c)
-    kl = _KL_TILES + (2 * size.vocabulary * size.hidden * 4 if run.width < 4 else 0) if run.full_kl else 0
+    kl = 0
+    if run.full_kl:
+        weights = 2 * size.vocabulary * size.hidden * 4 if run.width < 4 else 0  # both heads in fp32
+        kl = _KL_TILES * min(_KL_TILE, 4 * tokens * size.vocabulary) + weights
     if run.device == "cuda":
         return max(min(tokens, _GPU_TILE[0]) * min(size.vocabulary, _GPU_TILE[1]) * c + states, kl)
     known = run.rollout == "native" and not (run.beta or run.full_kl)  # the gradient is formed in the forward

@@ -121,7 +121,7 @@ def activation_bytes(
     normed = 0 if lora_rank else width
     out = 2 * (size.hidden * (4 + normed + compute) + 4) + 4 * size.intermediate * compute
     if size.qk_norm:
-        out += (q + kv) * (4 + normed) + 4 * (size.heads + size.kv_heads)
+        out += (q + kv) * (4 + (0 if lora_rank else compute)) + 4 * (size.heads + size.kv_heads)
     if compute < width:
         out += width * (q + kv)  # queries and keys before their cast
     if lora_rank:
