@@ -50,7 +50,7 @@ def grade(gold: str, text: str, strict: bool = False) -> Grade:
     if answer is not None:
         if spelling(answer) == spelling(gold):
             return Grade(1.0, True)
-        found = _read(answer)
+        found = read_alone(answer)
     else:
         found = () if strict else _parse(text[-_TAIL:])
     right = bool(found) and bool(verify(list(_gold(gold)), list(found), timeout_seconds=None))
@@ -62,7 +62,7 @@ def canonical(text: str, strict: bool = False) -> str | None:
     answer = extract(text, strict)
     if answer is None and strict:
         return None
-    found = _parse(text[-_TAIL:]) if answer is None else _read(answer)
+    found = _parse(text[-_TAIL:]) if answer is None else read_alone(answer)
     if found:
         return str(found[0])
     return None if answer is None else spelling(answer) or None
@@ -107,6 +107,7 @@ _DROPPED = re.compile(r"\\left|\\right|\\[,;:! ]|\\(?:displaystyle|limits|quad|q
 _WRAPPED = re.compile(r"\\(?:text|mathrm|textbf|mathbf|textit|mbox|rm|operatorname)\s*\{([^{}]*)\}")
 _DEGREES = re.compile(r"\^\{?\\circ\}?|\\degree|°")
 _SHORT = re.compile(r"\\frac(?:(\d)(\d)|(\d)\{([^{}]+)\}|\{([^{}]+)\}(\d))")
+_SCIENTIFIC = re.compile(r"(-?\d+(?:\.\d+)?)(?:[eE]|\\times10\^)\{?([+-]?\d+)\}?")
 _SLASH = re.compile(r"(-?)(\d+)/(\d+)")
 
 
@@ -121,6 +122,8 @@ def spelling(answer: str) -> str:
     text = _SHORT.sub(_whole_fraction, text)
     if match := _SLASH.fullmatch(text):
         text = f"{match[1]}\\frac{{{match[2]}}}{{{match[3]}}}"
+    if match := _SCIENTIFIC.fullmatch(text):
+        return f"{float(match[1])}e{int(match[2])}"
     if re.fullmatch(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?", text):
         text = text.replace(",", "")
     if re.fullmatch(r"-?\d+\.0+", text):
@@ -137,10 +140,10 @@ def _whole_fraction(match: re.Match) -> str:
 
 @lru_cache(maxsize=8192)
 def _gold(gold: str) -> tuple:
-    return _read(gold) or (gold,)
+    return read_alone(gold) or (gold,)
 
 
-def _read(answer: str) -> tuple:
+def read_alone(answer: str) -> tuple:
     """An answer that stands alone; bare LaTeX is only read between dollars."""
     marked = answer if "$" in answer or "\\boxed" in answer else f"${answer}$"
     return _parse(marked) or _parse(answer)

@@ -29,7 +29,7 @@ def _big_fraction(gold: str) -> str | None:
 
 def _commas(gold: str) -> str | None:
     plain = gold.replace(",", "")
-    if not re.fullmatch(r"-?\d{4,}", plain):
+    if not re.fullmatch(r"-?(?:\d{4,}|\d{1,3}(?:,\d{3})+)", gold):
         return None
     return f"{int(plain):,}" if plain == gold else plain
 
@@ -207,7 +207,7 @@ def _seconds(reward: Reward, row: dict, text: str) -> float:
 
 
 def _differs(row: dict, other: dict) -> bool:
-    """Golds that are surely no spelling of each other: both read as different numbers, or as different texts of one case."""
+    """Whether the golds differ by more than how they are written, and the rows by more than their prompts."""
     a, b = (re.sub(r"[\s,$\\%{}]|text|frac", "", str(r.get("answer", ""))).lower() for r in (row, other))
     return a != b and {k: v for k, v in row.items() if k != "prompt"} != {
         k: v for k, v in other.items() if k != "prompt"

@@ -1,58 +1,179 @@
+"""Maths answers: spellings, extraction, and expressions that would stall or kill a run."""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
 import threading
-from pathlib import Path
 
 import pytest
 
-from rewards.math_answer import equal, final_answers, math_answer
+from rewards.math_answer import final_answers, math_answer
+from rewards.math_grading import extract, grade, spelling
+from rewards.pool import Failed, run
 
-SHARED = Path(__file__).parents[3] / "shared" / "datasets"
+RIGHT = [
+    ("18", r"so the answer is \boxed{18}."),
+    ("1/2", r"we get $\frac{1}{2}$"),
+    (r"\frac{14}{3}", r"\boxed{14/3}"),
+    ("1000", r"\boxed{1,000}"),
+    ("43,500", r"\boxed{43500}"),
+    ("0.5", r"\boxed{\frac{1}{2}}"),
+    (r"\left( 3, \frac{\pi}{2} \right)", r"Thus $\boxed{(3, \frac{\pi}{2})}$"),
+    ("10\\%", r"\boxed{10}"),
+    ("90^\\circ", r"\boxed{90}"),
+    ("27", "Working: 3 x 9.\nAnswer: 27"),
+    ("27", "**Final Answer:** $27$."),
+    ("27", "<think>maybe 3</think><answer>27</answer>"),
+    ("27", r"<think>maybe 3</think><answer>\boxed{27}</answer>"),
+    ("Navin", r"\boxed{\text{Navin}}"),
+    ("1.6e-19", r"\boxed{1.6 \times 10^{-19}}"),
+    ("2$, $3", r"\boxed{2, 3}"),
+    ("f(n)=n$, $g(n)=1", r"\boxed{f(n)=n, g(n)=1}"),
+    ("5", r"\boxed{5 \text{ cm}}"),
+    ("5", r"so $x = 5$"),
+    ("4", r"first \boxed{3}, no: \boxed{4}"),
+]
+WRONG = [
+    ("18", r"\boxed{19}"),
+    ("18", ""),
+    ("18", "no number here"),
+    ("1/2", r"\boxed{2}"),
+    ("12", r"\boxed{1,2}"),
+    ("(1,2)", r"\boxed{(2,1)}"),
+    ("x+1", r"\boxed{x-1}"),
+    ("3", r"first \boxed{3}, no: \boxed{4}"),
+    ("Navin", r"\boxed{\text{Evelyn}}"),
+    ("27", "Answer: 28, as 27 is too small"),
+]
 
 
-@pytest.mark.parametrize(
-    "gold, text",
-    [
-        ("18", r"so the answer is \boxed{18}."),
-        ("1/2", r"we get $\frac{1}{2}$"),
-        (r"\frac{14}{3}", r"\boxed{14/3}"),
-        ("1000", r"\boxed{1,000}"),
-        ("0.5", r"\boxed{\frac{1}{2}}"),
-        (r"\left( 3, \frac{\pi}{2} \right)", r"Thus $\boxed{(3, \frac{\pi}{2})}$"),
-    ],
-)
+@pytest.mark.parametrize("gold, text", RIGHT)
 def test_equal_in_other_spellings(gold, text):
-    assert equal(gold, text)
+    assert grade(gold, text) == (1.0, True)
 
 
-@pytest.mark.parametrize(
-    "gold, text", [("18", r"\boxed{19}"), ("18", ""), ("18", "no number here"), ("1/2", r"\boxed{2}")]
-)
+@pytest.mark.parametrize("gold, text", WRONG)
 def test_not_equal(gold, text):
-    assert not equal(gold, text)
+    assert grade(gold, text).score == 0.0
 
 
-def test_the_reward_also_works_outside_the_main_thread():
+def test_strict_reads_the_box_only():
+    assert extract(r"Answer: 3, in \boxed{\frac{1}{2}} and \boxed{4", strict=True) is None
+    assert grade("3", "Answer: 3").score == 1.0 and grade("3", "Answer: 3", strict=True) == (0.0, False)
+    assert grade("3", r"\boxed{3}", strict=True).score == 1.0 and grade("3", r"\fbox 3", strict=True).score == 1.0
+    assert math_answer(["p"] * 2, ["it is 3", r"\boxed{3}"], ["3", "3"], strict=True) == [0.0, 1.0]
+    assert final_answers(["it is 3", r"\boxed{3}"], strict=True) == [None, "3"]
+
+
+def test_a_spelling_never_makes_two_answers_one():
+    answers = [
+        "1,2",
+        "12",
+        "1",
+        "x+1",
+        "x-1",
+        "a",
+        "A",
+        "(1,2)",
+        "[1,2]",
+        "0.5",
+        "5",
+        "-5",
+        r"\frac{1}{2}",
+        r"\frac{2}{1}",
+        r"\sqrt2",
+    ]
+    assert len({spelling(a) for a in answers}) == len(answers)
+
+
+def test_the_answer_of_each_text_in_one_spelling():
+    texts = [r"first 3, then \boxed{42}", "it is 42", "no answer", r"\boxed{\text{Blue}}", ""]
+    assert final_answers(texts) == ["42", "42", None, "blue", None]
+
+
+def test_chats_numbers_as_golds_and_threads():
     got = []
     thread = threading.Thread(
-        target=lambda: got.extend(math_answer(["p", "p"], [r"\boxed{4}", [{"content": "5"}]], answer=["4", "4"]))
+        target=lambda: got.extend(math_answer(["p", "p"], [r"\boxed{4}", [{"content": "5"}]], answer=[4, "4"]))
     )
     thread.start()
-    thread.join()
+    thread.join(60)
     assert got == [1.0, 0.0]
 
 
-def test_final_answer_is_canonical():
-    texts = [r"first 3, then \boxed{42}", "it is 42", "no answer"]
-    assert final_answers(texts) == ["42", "42", None]
+# each would hang or exhaust a process that evaluates it
+EVIL = ["9^{9^{9^{9^{9}}}}", "100000000!", r"\binom{10^9}{5\cdot 10^8}", "10^{10^{10}}"]
+BIG = [r"\frac{1}{" * 300 + "x" + "}" * 300, "9" * 1_000_000, "(" * 50_000, r"\sqrt{" * 500, "1+" * 100_000 + "1"]
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the folder with real problem sets is not there")
-def test_gold_answers_of_real_sets_score_one_and_the_next_rows_zero():
-    import pandas as pd
+def test_pathological_expressions_cost_their_own_score_only(caplog):
+    count, series = 120, {}
+    golds = [str(i) for i in range(count)]
+    texts = [rf"we get $\frac{{x}}{{2}}$, so \boxed{{{i + (i % 3 == 0)}}}" for i in range(count)]
+    planted = {10 * i + 5: rf"\boxed{{{evil}}}" for i, evil in enumerate([*EVIL, *BIG])}
+    for i, text in planted.items():
+        texts[i] = text
+    with caplog.at_level(logging.WARNING, "entrl.rewards"):
+        scores = math_answer(["p"] * count, texts, golds, timeout=1.0, log_metric=series.__setitem__)
+    assert scores == [float(i % 3 != 0 and i not in planted) for i in range(count)]
+    assert len(EVIL) / count <= series["reward/timeouts"] <= series["reward/unparsed"] <= len(planted) / count
+    assert "took more than 1 s and scores 0" in caplog.text and "more samples were given up" in caplog.text
+    assert max(map(len, caplog.messages)) < 300
+    assert math_answer(["p"], [r"\boxed{4}"], ["4"]) == [1.0]
 
-    frame = pd.read_parquet(SHARED / "gsm8k_test.parquet").head(200)
-    gold = [row["ground_truth"] for row in frame["reward_model"]]
-    shifted = gold[1:] + gold[:1]
-    own = math_answer(gold, [rf"The answer is \boxed{{{g}}}." for g in gold], answer=gold)
-    other = math_answer(gold, [rf"The answer is \boxed{{{g}}}." for g in shifted], answer=gold)
-    assert own == [1.0] * 200
-    assert other == [float(a.replace(",", "") == b.replace(",", "")) for a, b in zip(gold, shifted, strict=True)]
+
+def work(samples):
+    """A worker's job with accidents: it dies, hangs, takes all memory or raises where a sample says so."""
+    results = []
+    for sample in samples:
+        if sample == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif sample == "hang":
+            9**9**9
+        elif sample == "memory":
+            bytearray(64 << 30)
+        elif sample == "raise":
+            raise ValueError("no")
+        results.append(sample)
+    return results
+
+
+@pytest.mark.parametrize(
+    "fault, why", [("die", "died"), ("hang", "timeout"), ("memory", "raised"), ("raise", "raised")]
+)
+def test_order_is_kept_and_nothing_lost_whatever_happens_to_a_worker(fault, why, monkeypatch):
+    monkeypatch.syspath_prepend(__file__.rpartition("/")[0])
+    samples = [*range(40), fault, *range(40, 70), fault, 70]
+    found = run(work, samples, timeout=1.0)
+    assert [r.why if isinstance(r, Failed) else r for r in found] == [why if s == fault else s for s in samples]
+
+
+SCRIPT = """
+import os, sys
+from rewards.math_answer import math_answer
+if __name__ == "__main__":
+    math_answer(["p"], ["4"], ["4"])
+    print("ready", flush=True)
+    {rest}
+"""
+
+
+@pytest.mark.parametrize(
+    "rest", ["", "os.kill(os.getpid(), 9)", 'math_answer(["p"], ["9^{9^{9^{9}}}"], ["4"], timeout=600)']
+)
+def test_no_worker_outlives_its_run(tmp_path, rest):
+    script = tmp_path / "grade_once.py"
+    script.write_text(SCRIPT.format(rest=rest))
+    group = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert group.stdout.readline() == "ready\n"
+    if "600" in rest:
+        os.kill(group.pid, signal.SIGINT)  # Ctrl-C in the middle
+    group.wait(timeout=60)
+    for _ in range(100):
+        alive = subprocess.run(["pgrep", "-s", str(group.pid)], capture_output=True, text=True).stdout.split()
+        if not alive:
+            return
+        threading.Event().wait(0.1)
+    raise AssertionError(f"still there: {alive}")
