@@ -17,9 +17,17 @@ class Checked:
     def __init__(self, name: str, fn: Callable[..., list[float]]):
         self.__name__ = name  # TRL takes the metric's name from here
         self.fn = fn
+        self.settings = set(
+            getattr(fn, "keywords", {})
+        )  # of a functools.partial: a column of that name would replace them
         self.needs_logp = bool(getattr(fn, "needs_logp", False))  # asks the trainer for the column mean_logp
 
     def __call__(self, prompts: Sequence, completions: Sequence[Completion], **columns) -> list[float]:
+        if clash := sorted(self.settings & set(columns)):
+            raise RewardError(
+                f"reward.{self.__name__}.fn.{clash[0]} would give way to the column {clash[0]} of the data. "
+                "Rename the column with data.columns, or drop it."
+            )
         try:
             values = self.fn(prompts=prompts, completions=completions, **columns)
         except RewardError:

@@ -184,7 +184,5 @@ def _texts(column: str, row: int, value) -> list[str]:
     bad = next((v for v in value if not isinstance(v, str)), None) if isinstance(value, list | tuple) else value
     if bad is not None or not isinstance(value, list | tuple):
         text = " or one text" if column == "tests" else ""
-        raise RewardError(
-            f"reward.code_exec: {column} of row {row} holds {bad!r}, a {type(bad).__name__}. Expected a list of texts{text}."
-        )
+        raise RewardError(f"reward.code_exec: {column} of row {row} holds {bad!r}. Expected a list of texts{text}.")
     return list(value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from rewards.errors import RewardError
 from rewards.text import Completion, text_of
 
 
@@ -14,7 +15,14 @@ def format_tags(
     """1.0 where the text is exactly ``<a>...</a>`` for each tag in order with nothing between, else 0.0.
 
     White space around the tags is free; a tag may not open or close twice.
+
+    Raises:
+        RewardError: tags that are no list of names.
     """
+    if isinstance(tags, str) or not tags or not all(isinstance(t, str) and t for t in tags):
+        raise RewardError(
+            f"reward.format_tags.fn.tags={tags!r} does not work. Expected a list of names, as [think,answer]."
+        )
     pattern = re.compile(
         r"\s*" + r"\s*".join(rf"<{re.escape(t)}>.*?</{re.escape(t)}>" for t in tags) + r"\s*", re.DOTALL
     )

@@ -32,9 +32,9 @@ def overlong(
         RewardError: a size that does not work.
     """
     whole("reward.overlong.fn.max_tokens", max_tokens, 1)
+    whole("reward.overlong.fn.buffer", buffer, 1, none=True)
     if buffer is None:
         buffer = max(1, max_tokens // 5)
-    whole("reward.overlong.fn.buffer", buffer, 1)
     if buffer > max_tokens:
         raise RewardError(
             f"reward.overlong.fn.buffer={buffer} is more than max_tokens={max_tokens}. Expected at most that; null is a fifth."

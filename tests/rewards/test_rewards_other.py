@@ -1,13 +1,12 @@
-"""format_tags, majority vote and the wrapper that finds a reward's mistakes."""
+"""format_tags and the wrapper that finds a reward's mistakes."""
 
-import math
+from functools import partial
 
 import pytest
 
 from rewards.checked import Checked
 from rewards.errors import RewardError
 from rewards.format_tags import format_tags
-from rewards.majority import MajorityVote, majority
 
 
 @pytest.mark.parametrize(
@@ -23,37 +22,13 @@ from rewards.majority import MajorityVote, majority
 )
 def test_format_tags(text, value):
     assert format_tags(["p"], [text]) == [value]
+    assert format_tags(["p"], [[{"role": "assistant", "content": text}]]) == [value]
 
 
-def identity(texts):
-    return [text or None for text in texts]
-
-
-def test_majority_vote_of_the_ttrl_example():
-    """Golden 7: answers 4 5 None 4 6 5 4 4 -> label 4 with 4 votes, ratio 0.5 over all eight."""
-    answers = ["4", "5", "", "4", "6", "5", "4", "4"]
-    assert majority(identity(answers)) == ("4", 4)
-    series = {}
-    vote = MajorityVote(identity, votes=8, grader=lambda p, c, **k: [float(x == "4") for x in c])
-    rewards = vote(["p"] * 8, answers, log_metric=series.__setitem__)
-    assert rewards == [1, 0, 0, 1, 0, 0, 1, 1]
-    assert series == {"reward/majority_ratio": 0.5, "reward/label_accuracy": 1.0}
-    kept = rewards[:4]
-    mean = sum(kept) / 4
-    std = math.sqrt(sum((r - mean) ** 2 for r in kept) / 3)
-    assert [(r - mean) / (std + 1e-6) for r in kept] == pytest.approx(
-        [0.866023903787, -0.866023903787, -0.866023903787, 0.866023903787], abs=1e-9
-    )
-
-
-def test_groups_vote_on_their_own_ties_go_to_the_first_and_no_answer_scores_zero():
-    vote = MajorityVote(identity)
-    assert vote(["a", "a", "b", "b", "c", "c"], ["1", "2", "3", "3", "", ""]) == [1, 0, 1, 1, 0, 0]
-
-
-def test_a_split_group_is_an_error():
-    with pytest.raises(RewardError, match="split over ranks"):
-        MajorityVote(identity, votes=4)(["a"] * 3, ["1"] * 3)
+@pytest.mark.parametrize("tags", ["think", [], [1], [""]])
+def test_tags_that_are_no_names(tags):
+    with pytest.raises(RewardError, match="reward.format_tags.fn.tags"):
+        format_tags(["p"], ["x"], tags=tags)
 
 
 BAD = {
@@ -79,3 +54,20 @@ def test_checked_names_the_reward_and_the_sample(case):
 def test_checked_passes_good_values_and_columns():
     good = Checked("mine", lambda prompts, completions, answer, **k: [int(a) for a in answer])
     assert good(["p", "p"], ["a", "b"], answer=["1", "2"]) == [1.0, 2.0] and good.__name__ == "mine"
+
+
+def test_a_column_cannot_take_the_place_of_a_setting():
+    reward = Checked("format_tags", partial(format_tags, tags=["think"]))
+    assert reward(["p"], ["<think></think>"]) == [1.0]
+    with pytest.raises(RewardError, match="reward.format_tags.fn.tags would give way to the column tags"):
+        reward(["p"], ["<think></think>"], tags=["algebra"])
+
+
+def test_a_reward_of_groups_that_breaks_blames_no_single_sample():
+    def of_groups(prompts, completions, **columns):
+        if len(prompts) < 2:
+            raise RewardError("split")
+        raise KeyError("x")
+
+    with pytest.raises(RewardError, match="raised KeyError: 'x'\\.$"):
+        Checked("mine", of_groups)(["p"] * 2, ["a", "b"])
