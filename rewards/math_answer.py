@@ -52,6 +52,11 @@ def final_answers(
     return [None if isinstance(answer, Failed) else answer for answer in found]
 
 
+def matches(texts: Sequence[str], labels: Sequence[str]) -> list[float]:
+    """1.0 where the answer of a text equals its label, in whatever spelling: TTRL's own comparison of votes and labels."""
+    return math_answer(texts, texts, labels)
+
+
 def _tell(results: Sequence, texts: Sequence[str], timeout: float) -> int:
     """Log the first failures of a call; how many there are."""
     lost = [(i, r.why) for i, r in enumerate(results) if isinstance(r, Failed)]

@@ -168,7 +168,9 @@ def check(
     worst += [Sample(i + 1, "empty", "", s, "0") for i, s in empty.items() if s > 0]
     first, shift = next(iter(written.values())), 1 + seed % max(1, len(rows) - 1)
     other = [first[(i + shift) % len(rows)] for i in range(len(rows))]
-    differs = [_differs(rows[i], rows[(i + shift) % len(rows)]) and other[i] != first[i] for i in range(len(rows))]
+    differs = [other[i] != first[i] and _differ(rows[i], rows[(i + shift) % len(rows)]) for i in range(len(rows))]
+    if solution is None:
+        differs = [d and not _alike(golds[i], golds[(i + shift) % len(rows)]) for i, d in enumerate(differs)]
     wrong = _score(reward, rows, [text if d else None for text, d in zip(other, differs, strict=True)], {})
     worst += [Sample(i + 1, "another row", other[i], s, "0") for i, s in wrong.items() if s > 0]
     seconds = sorted(_seconds(reward, row, text) for row, text in zip(rows, first, strict=True))
@@ -206,12 +208,15 @@ def _seconds(reward: Reward, row: dict, text: str) -> float:
     return time.perf_counter() - start
 
 
-def _differs(row: dict, other: dict) -> bool:
-    """Whether the golds differ by more than how they are written, and the rows by more than their prompts."""
-    a, b = (re.sub(r"[\s,$\\%{}]|text|frac", "", str(r.get("answer", ""))).lower() for r in (row, other))
-    return a != b and {k: v for k, v in row.items() if k != "prompt"} != {
-        k: v for k, v in other.items() if k != "prompt"
-    }
+def _differ(row: dict, other: dict) -> bool:
+    """Whether two problems differ by more than their prompts."""
+    return {k: v for k, v in row.items() if k != "prompt"} != {k: v for k, v in other.items() if k != "prompt"}
+
+
+def _alike(gold: str, other: str) -> bool:
+    """Whether two golds may be the same answer, written in two ways."""
+    a, b = (re.sub(r"[\s,$\\%{}]|text|frac", "", g).lower() for g in (gold, other))
+    return a == b
 
 
 def _short(text: str, width: int = 70) -> str:

@@ -14,27 +14,37 @@ from rl.errors import ConfigError
 _BY_TOKENS = ("dapo", "bnpo", "cispo", "vespo")
 
 
-def check_train_on(train_on: int | None, args: GRPOConfig) -> None:
-    """Raise ConfigError unless ``train_on`` of a group's completions can be trained on while all of them vote."""
-    if train_on is None:
-        return
-    if not 2 <= train_on <= args.num_generations:
+def trained_of_group(share: float, args: GRPOConfig) -> int:
+    """How many completions of a group are trained on while all of them vote.
+
+    Raises:
+        ConfigError: a share that is none, that leaves no whole number from 2 on, or a loss that would count the votes.
+    """
+    if not isinstance(share, int | float) or isinstance(share, bool) or not 0 < share <= 1:
         raise ConfigError(
-            f"rollout.train_on={train_on} does not fit trainer.num_generations={args.num_generations}. "
-            "Expected a number from 2 to trainer.num_generations, or null for all."
+            f"rollout.train_share={share} is no share. Expected 0 < train_share <= 1; 0.5 is TTRL's 32 of 64."
         )
+    count = share * args.num_generations
+    if abs(count - round(count)) > 1e-6 or count < 2:
+        raise ConfigError(
+            f"rollout.train_share={share} of trainer.num_generations={args.num_generations} is {count:g} completions. "
+            "Expected a whole number of at least 2."
+        )
+    if share == 1:
+        return args.num_generations
     if args.loss_type not in _BY_TOKENS:
         raise ConfigError(
-            f"rollout.train_on={train_on} needs a loss that divides by trained tokens, not trainer.loss_type={args.loss_type}. "
+            f"rollout.train_share={share} needs a loss that divides by trained tokens, not trainer.loss_type={args.loss_type}. "
             f"Expected one of: {', '.join(_BY_TOKENS)}."
         )
     if args.multi_objective_aggregation != "sum_then_normalize":
-        raise ConfigError("rollout.train_on works with trainer.multi_objective_aggregation=sum_then_normalize only.")
+        raise ConfigError("rollout.train_share works with trainer.multi_objective_aggregation=sum_then_normalize only.")
+    return round(count)
 
 
-def only_votes(rows: int, group: int, train_on: int, device: torch.device) -> Tensor:
-    """(rows,) bool: completions behind the first ``train_on`` of their group (TTRL, arXiv 2504.16084: 32 of 64)."""
-    return torch.arange(rows, device=device) % group >= train_on
+def only_votes(rows: int, group: int, trained: int, device: torch.device) -> Tensor:
+    """(rows,) bool: completions behind the first ``trained`` of their group (TTRL, arXiv 2504.16084: 32 of 64)."""
+    return torch.arange(rows, device=device) % group >= trained
 
 
 def leave_out(output: dict, votes: Tensor, accelerator) -> None:

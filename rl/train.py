@@ -102,7 +102,7 @@ def _train(cfg, folder, tracker, model, ready: Ready, sampler, started) -> dict[
         sinks=[tracker.log, Progress(ready.args.max_steps), samples, NoOpAlarm()],
         answers=problems.answers,
         sampler=sampler,
-        train_on=cfg.rollout.train_on,
+        train_share=cfg.rollout.train_share,
     )
     set_seed(cfg.seed)  # the same rollouts whether or not the model was evaluated before
     start = time.perf_counter()

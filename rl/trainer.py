@@ -26,7 +26,7 @@ from trl import GRPOConfig, GRPOTrainer
 from rl.callbacks.phase import StepPhase
 from rl.contract import Signal, TokenBatch
 from rl.dynamics import Dynamics, Histogram
-from rl.groups import check_train_on, leave_out, mean_logps, only_votes
+from rl.groups import leave_out, mean_logps, only_votes, trained_of_group
 from rl.meter import Meter, distinct_answers, token_shares
 from rl.pipeline import Pipeline
 from rl.recorder import Recorder, texts_of
@@ -63,7 +63,7 @@ class EntropyTrainer(GRPOTrainer):
         sinks: called as ``sink(step, metrics, histograms)`` on the main process at every log.
         answers: completion texts -> canonical answers, for the number of distinct answers per group; None leaves it out.
         sampler: draws the completions instead of TRL and records as it goes (``rl.rollout``); None for TRL's generation.
-        train_on: of each group only the first so many are trained on, the others vote; None for all.
+        train_share: of each group only this share, its first completions, is trained on; the others vote.
 
     Raises:
         SeamError: an untested TRL. ConfigError: a plug-in needs what this model cannot give.
@@ -83,12 +83,11 @@ class EntropyTrainer(GRPOTrainer):
         sinks: Sequence[Sink] = (),
         answers: Callable[[list[str]], list[str | None]] | None = None,
         sampler: Callable[[list, GRPOTrainer], tuple[dict[str, Any], Recorded]] | None = None,
-        train_on: int | None = None,
+        train_share: float = 1.0,
         peft_config: Any = None,
         callbacks: list[TrainerCallback] | None = None,
     ):
         check_seam()
-        check_train_on(train_on, args)
         super().__init__(
             model=model,
             reward_funcs=reward_funcs,
@@ -100,7 +99,8 @@ class EntropyTrainer(GRPOTrainer):
             rollout_func=self._sample if sampler is not None else None,
         )
         self.pipeline, self.dynamics, self.recorder = pipeline, dynamics or Dynamics(None), recorder
-        self.sinks, self.answers, self.sampler, self.train_on = list(sinks), answers, sampler, train_on
+        self.sinks, self.answers, self.sampler = list(sinks), answers, sampler
+        self.trained = trained_of_group(train_share, args)  # completions of each group
         self.meter = Meter(self.accelerator.device)
         self._open: dict | None = None  # the inputs of the loss under way
         self._signal: Signal | None = None
@@ -330,7 +330,7 @@ class EntropyTrainer(GRPOTrainer):
         group_size = self.num_generations if self.model.training else self.num_generations_eval
         rewards = self._rewards[first : first + rows]
         output["rewards_per_func"] = rewards
-        if self.train_on is not None and self.model.training:
+        if self.trained < self.num_generations and self.model.training:
             leave_out(output, rewards.isnan().all(1), self.accelerator)
         output["reward"] = (rewards * self.reward_weights.to(rewards.device)).nansum(-1)
         output["group"] = torch.arange(first, first + rows, device=rewards.device) // group_size
@@ -366,8 +366,8 @@ class EntropyTrainer(GRPOTrainer):
         if self.answers is not None and self.model.training:
             distinct = distinct_answers(prompts, completions, self.answers, self.accelerator.device)
             self.meter.add({"rollout/distinct_answers": distinct})
-        if self.train_on is not None and self.model.training:
-            votes = only_votes(len(self._rewards), self.num_generations, self.train_on, self._rewards.device)
+        if self.trained < self.num_generations and self.model.training:
+            votes = only_votes(len(self._rewards), self.num_generations, self.trained, self._rewards.device)
             self._rewards[votes] = torch.nan  # TRL leaves what has no reward out of its group's mean and deviation
         return self._rewards
 

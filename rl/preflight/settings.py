@@ -14,7 +14,7 @@ from trl import GRPOConfig
 from rl import build, rundir
 from rl.config import compose, gate_order, reward_gates
 from rl.errors import ConfigError, MissingError
-from rl.groups import check_train_on, run_facts
+from rl.groups import run_facts, trained_of_group
 from rl.options import batch_algebra, trainer_flaws
 from rl.paths import find_model
 from rl.pipeline import Pipeline
@@ -89,7 +89,7 @@ def check_settings(cfg: DictConfig, section: Section) -> tuple[Pipeline | None, 
     args = section.attempt(build.grpo_config, cfg, str(Path(cfg.run.dir) / "unused"), _weights(cfg))
     if args is not None:
         section.attempt(build.check_backend, cfg.rollout.backend, args)
-        section.attempt(check_train_on, cfg.rollout.train_on, args)
+        section.attempt(trained_of_group, cfg.rollout.train_share, args)
     return pipeline, args
 
 

@@ -55,7 +55,7 @@ def test_every_experiment_composes_and_its_batch_fits_a_node(experiment):
 
 def test_scale_tiny_keeps_the_method_and_brings_the_laptop():
     """Everything but the method's own choices is what the default run has."""
-    method = {"epsilon", "epsilon_high", "temperature", "top_p", "loss_type", "beta"}
+    method = {"epsilon", "epsilon_high", "temperature", "top_p", "loss_type", "beta", "lr_scheduler_type"}
     default = compose().trainer
     for experiment in EXPERIMENTS:
         small, full = compose([f"experiment={experiment}", "scale=tiny"]), compose([f"experiment={experiment}"])

@@ -80,7 +80,7 @@ ALONE = {
     ("data=jsonl", "data.path={set}", "data.columns.prompt=question"): "no column 'question' for 'prompt'",
     ("data.train.count=8",): "data.train has 8 problems, a rollout takes 32",
     ("rollout=vllm_colocate",): "vLLM is not installed",
-    ("rollout.train_on=99",): "rollout.train_on=99 does not fit trainer.num_generations=8",
+    ("rollout.train_share=0.3",): "rollout.train_share=0.3 of trainer.num_generations=8 is 2.4 completions",
     (
         "trainer.per_device_train_batch_size=65536",
         "trainer.max_completion_length=1000",

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rl.errors import ConfigError
-from rl.groups import check_train_on, only_votes
+from rl.groups import only_votes, trained_of_group
 from rl.rollout import NativeSampler
 from tiny import EntropyTrainer, grpo_config, length_reward, make_trainer, save_model
 
@@ -25,7 +25,7 @@ def test_the_first_of_each_group_are_trained_on():
 
 
 def test_group_statistics_and_losses_see_the_trained_ones_only(model, tmp_path):
-    trainer = make_trainer(EntropyTrainer, model, tmp_path, extra={"train_on": 2}, loss_type="dapo")
+    trainer = make_trainer(EntropyTrainer, model, tmp_path, extra={"train_share": 0.5}, loss_type="dapo")
     output = rollout(trainer)
     votes = only_votes(len(output["advantages"]), 4, 2, torch.device("cpu"))
     texts = trainer.processing_class.batch_decode(output["completion_ids"], skip_special_tokens=True)
@@ -44,7 +44,9 @@ def test_training_with_votes_moves_only_by_the_trained_ones(model, tmp_path):
             values = length_reward(prompts, completions)
             return [v + amount * (i % 4 >= 2) for i, v in enumerate(values)]
 
-        trainer = make_trainer(EntropyTrainer, model, tmp_path, reward=reward, extra={"train_on": 2}, loss_type="dapo")
+        trainer = make_trainer(
+            EntropyTrainer, model, tmp_path, reward=reward, extra={"train_share": 0.5}, loss_type="dapo"
+        )
         trainer.train()
         return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
 
@@ -80,12 +82,14 @@ def test_rewards_that_ask_get_the_mean_logp(model, tmp_path, native, accumulatio
 
 
 def test_what_is_refused(tmp_path):
-    check_train_on(None, grpo_config(tmp_path))
-    for train_on, changes, message in (
-        (5, {}, "does not fit trainer.num_generations=4"),
-        (1, {}, "does not fit"),
-        (2, {"loss_type": "dr_grpo"}, "divides by trained tokens, not trainer.loss_type=dr_grpo"),
-        (2, {"multi_objective_aggregation": "normalize_then_sum"}, "sum_then_normalize only"),
+    assert trained_of_group(1.0, grpo_config(tmp_path)) == 4 and trained_of_group(0.5, grpo_config(tmp_path)) == 2
+    for share, changes, message in (
+        (5, {}, "train_share=5 is no share"),
+        (None, {}, "train_share=None is no share"),
+        (0.25, {}, "is 1 completions"),
+        (0.6, {}, "is 2.4 completions"),
+        (0.5, {"loss_type": "dr_grpo"}, "divides by trained tokens, not trainer.loss_type=dr_grpo"),
+        (0.5, {"multi_objective_aggregation": "normalize_then_sum"}, "sum_then_normalize only"),
     ):
         with pytest.raises(ConfigError, match=message):
-            check_train_on(train_on, grpo_config(tmp_path, **changes))
+            trained_of_group(share, grpo_config(tmp_path, **changes))
