@@ -1,6 +1,7 @@
 """How fast maths answers are graded: 10,000 realistic completions, an endless expression and a worker killer among them.
 
     python scripts/bench_rewards.py [--count 10000] [--workers 2]
+    python scripts/bench_rewards.py --golds math500.parquet ...      # how many gold answers of sets in verl's layout are read
 
 Golds and completions are made here from a seed. Prints samples per second, seconds of one sample alone, and whether every score
 is the expected one, in order.
@@ -14,6 +15,7 @@ import sys
 import time
 
 from rewards.math_answer import final_answers, math_answer
+from rewards.math_grading import read_alone
 
 ENDLESS = r"\boxed{9^{9^{9^{9^{9}}}}}"
 STEP = r"Since ${a}x + {b} = {c}$, we have $x = \frac{{{c} - {b}}}{{{a}}}$, which we put into $\sqrt{{x^2 + {b}}}$. "
@@ -47,11 +49,31 @@ def sample(rng: random.Random) -> tuple[str, str, float]:
     return answer, working + form.format(final), float(right)
 
 
+def golds_of(path: str) -> None:
+    """Print what is read of a set's distinct gold answers, and what they score in a box."""
+    import pandas as pd
+
+    found = list(dict.fromkeys(row["ground_truth"] for row in pd.read_parquet(path)["reward_model"]))
+    unread = sum(not read_alone(gold) for gold in found)
+    boxes = [rf"\boxed{{{gold}}}" for gold in found]
+    own = math_answer([""] * len(found), boxes, found, timeout=20)
+    other = math_answer([""] * len(found), boxes[1:] + boxes[:1], found, timeout=20)
+    print(
+        f"{path.rsplit('/', 1)[-1]:<24}{len(found):>7} distinct golds, math-verify does not read {unread / len(found):.2%}, "
+        f"{sum(own) / len(found):.2%} right against themselves, {sum(other) / len(found):.2%} against the next"
+    )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--count", type=int, default=10_000)
     parser.add_argument("--workers", type=int, default=None)
+    parser.add_argument("--golds", nargs="+", metavar="FILE")
     args = parser.parse_args()
+    if args.golds:
+        for path in args.golds:
+            golds_of(path)
+        return 0
     rng = random.Random(0)
     golds, texts, expected = map(list, zip(*(sample(rng) for _ in range(args.count)), strict=True))
     for position in (args.count // 3, args.count // 2):
