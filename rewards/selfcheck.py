@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -85,7 +86,7 @@ class SelfCheck:
         right: case -> (rows it applies to, share that scored 1). empty: share of empty completions that scored above 0.
         wrong: share of another row's answers that scored above 0 although the two differ; None where rows cannot be told apart.
         p50, p99: seconds for one sample alone. unparsed: share of right answers that the reward could not read, None where it
-        does not say (series ``reward/unparsed``). worst: the first ten samples that went wrong.
+        does not say (series ``reward/unparsed``). worst: ten samples that went wrong, the first of every case first.
     """
 
     rows: int
@@ -102,17 +103,16 @@ class SelfCheck:
         or half a second a sample (p99)."""
         for case, (count, share) in self.right.items():
             if share < _RIGHT:
-                yield f"{share:.0%} of {count} right answers score 1 as {case!r}; expected all. {self._example(case)}"
+                yield f"{share:.0%} of {count} right answers score 1 as {case!r}; expected all.{self._example(case)}"
         if self.empty > _WRONG:
             yield f"{self.empty:.0%} of the empty completions score above 0; expected none."
         if self.wrong is not None and self.wrong > _WRONG:
-            yield f"{self.wrong:.0%} of another row's answers score above 0; expected none. {self._example('another row')}"
+            yield f"{self.wrong:.0%} of another row's answers score above 0; expected none.{self._example('another row')}"
         if self.p99 > _SLOW:
             yield f"one sample takes {self.p99:.2f} s (p99), which a rollout of hundreds waits for. Make it faster, or use a pool."
 
     def lines(self) -> Iterator[str]:
         """The check as a readable table."""
-        yield f"{self.rows} rows"
         for case, (count, share) in self.right.items():
             yield f"{'right, as ' + case:<34}{share:7.1%} score 1    ({count} rows)"
         yield f"{'empty':<34}{self.empty:7.1%} above 0"
@@ -126,7 +126,7 @@ class SelfCheck:
 
     def _example(self, case: str) -> str:
         found = next((s for s in self.worst if s.case == case), None)
-        return "" if found is None else f"Row {found.row}: {_short(found.completion)} got {found.got:g}."
+        return "" if found is None else f" Row {found.row}: {_short(found.completion)} got {found.got:g}."
 
 
 def check(
@@ -182,8 +182,18 @@ def check(
         p50=seconds[len(seconds) // 2],
         p99=seconds[min(len(seconds) - 1, int(0.99 * len(seconds)))],
         unparsed=series.get("reward/unparsed"),
-        worst=tuple(worst[:_WORST]),
+        worst=_first_of_each(worst),
     )
+
+
+def _first_of_each(samples: list[Sample]) -> tuple[Sample, ...]:
+    """The first of every case, then the second of every case, and so on."""
+    seen: Counter = Counter()
+    turns = []
+    for sample in samples:
+        turns.append((seen[sample.case], len(turns), sample))
+        seen[sample.case] += 1
+    return tuple(sample for _, _, sample in sorted(turns)[:_WORST])
 
 
 def _score(reward: Reward, rows: list[dict], texts: list[str | None], series: dict) -> dict[int, float]:

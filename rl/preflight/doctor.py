@@ -144,7 +144,7 @@ def check_rewards(cfg: DictConfig) -> int:
     with report.section("rewards") as section:
         if found:
             tasks.check_columns(cfg, section, found)
-            tasks.check_rewards(cfg, section, found)
+            tasks.check_rewards(cfg, section, found, count=256)
     for line in report.lines():
         print(line)
     return 2 if report.errors else 0

@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedTokenizerBase
 
 from data.errors import DataError
+from rewards.checked import Checked
 from rewards.selfcheck import check
 from rewards.text import text_of
 from rl import build
@@ -136,16 +137,30 @@ def rewarded_columns(rows: Sequence[dict]) -> dict[str, list]:
     return {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
 
 
-def check_rewards(cfg: DictConfig, section: Section, found: Problems) -> None:
-    """Every reward on an empty group, and whether the grader tells right from wrong on some rows."""
+def check_rewards(cfg: DictConfig, section: Section, found: Problems, count: int = 64) -> None:
+    """Every reward on an empty group; the grader, and every reward that looks at the answer, on answers whose worth is known.
+
+    Args:
+        count: problems to take.
+    """
     functions, _ = build.rewards(cfg)
-    rows = found.first(64)
+    rows = found.first(count)
     section.attempt(build.probe_rewards, functions, rows, cfg.trainer.num_generations)
     if section.errors:
         return
     solution = build.make("data.solution", cfg.data.solution) if "solution" in cfg.data and cfg.data.solution else None
-    checked = check(found.grader, rows, seed=0, limit=64, solution=solution)
-    for line in checked.lines():
-        section.fact(line)
-    for problem in checked.problems():
-        section.error(f"data.grader: {problem}")
+    graders = {"data.grader": found.grader}
+    for name, node in cfg.reward.items():
+        made = build.make(f"reward.{name}.fn", node.fn)
+        if node.fn != cfg.data.grader and "answer" in _asked_for(made):
+            graders[f"reward.{name}"] = Checked(name, made)
+    for key, grader in graders.items():
+        checked = check(grader, rows, limit=count, solution=solution)
+        section.fact(f"{key} on {checked.rows} rows")
+        for line in checked.lines():
+            section.fact(f"  {line}")
+        for problem in checked.problems():
+            section.error(f"{key}: {problem}")
+    others = [name for name in cfg.reward if f"reward.{name}" not in graders and cfg.reward[name].fn != cfg.data.grader]
+    if others:
+        section.fact(f"called on empty completions only, as they do not ask for an answer: {', '.join(others)}")
