@@ -154,7 +154,7 @@ def _batch_seed(seed: int, number: int) -> int:
 @contextmanager
 def _undisturbed(model: PreTrainedModel) -> Iterator[None]:
     training = model.training
-    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     defaults = base.generation_config
     devices = [model.device] if model.device.type == "cuda" else []
     model.eval()

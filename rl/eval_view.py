@@ -109,7 +109,7 @@ def _cell(metrics: Mapping[str, float], name: str, interval: bool) -> str:
 
 
 def _print(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    table = Table(title=title, title_justify="left")
+    table = Table()
     for i, column in enumerate(columns):
         table.add_column(column, no_wrap=True, justify="right" if i else "left")
     for row in rows:
@@ -118,4 +118,5 @@ def _print(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) ->
     # a number that is cut off is worse than a line that wraps
     wide = Measurement.get(console, console.options.update(max_width=10_000), table).maximum
     console.width = max(console.width, wide)
+    print(f"\n{title}")
     console.print(table)
