@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from functools import partial
 from importlib.util import find_spec
 from inspect import signature
@@ -19,8 +20,9 @@ from rewards.checked import Checked
 from rewards.errors import RewardError
 from rewards.gate import Gated, Once
 from rl.config import did_you_mean, gate_order, reward_gates
+from rl.draw import Decoding
 from rl.errors import CheckpointError, ConfigError, EntrlError
-from rl.evaluate import Decoding, check_ks
+from rl.evaluate import check_ks
 from rl.options import check_trainer_options
 from rl.pipeline import Pipeline
 from rl.rollout import NativeSampler
@@ -205,8 +207,16 @@ def decoding(cfg: DictConfig) -> Decoding:
     """How evaluation samples.
 
     Raises:
-        ConfigError: a k above the number of samples.
+        ConfigError: a k above the number of samples, several equal (greedy) samples, or a value out of range.
     """
     e = cfg.eval
     check_ks(e.ks, e.samples)
-    return Decoding(e.max_new_tokens, e.temperature, e.top_p, e.top_k, e.batch_size)
+    if e.temperature == 0 and e.samples > 1:
+        raise ConfigError(
+            f"eval.temperature=0 is greedy, so eval.samples={e.samples} would be the same completion {e.samples} times. "
+            "Set eval.samples=1 'eval.ks=[1]' eval.greedy=false, or raise eval.temperature."
+        )
+    if e.limit is not None and (not isinstance(e.limit, int) or isinstance(e.limit, bool) or e.limit < 1):
+        raise ConfigError(f"eval.limit={e.limit} does not work. Expected a number of problems of at least 1, or null.")
+    names = [field.name for field in fields(Decoding)]
+    return Decoding(**{name: e[name] for name in names})

@@ -19,7 +19,7 @@ usage: entrl VERB [key=value ...] [--config-dir DIR]
             entrl train plugin=[fork_mask,steer] model=qwen2.5_0.5b data=gsm8k plugin.steer.w_min=0.8
   eval    sample a run folder, a saved model or a hub model on held-out problems
             entrl eval runs/NAME eval.samples=32 'eval.ks=[1,8,32]'
-            entrl eval Qwen/Qwen2.5-0.5B data=gsm8k
+            entrl eval Qwen/Qwen2.5-0.5B 'eval.sets=[gsm8k,math500]'
   doctor  say everything that is going to go wrong before a night is lost; needs no GPU, key or network
             entrl doctor model=qwen2.5_0.5b data=gsm8k
             entrl doctor --rollouts 32                       also sample, and suggest rho and entropy targets
@@ -147,9 +147,10 @@ def _run(argv: Sequence[str]) -> int:
 
         return check_rewards(cfg)
     else:
-        from rl.train import eval_config, run_eval
+        from rl.eval_run import eval_config, run_eval
 
-        run_eval(arguments.target, eval_config(arguments.target, cfg, arguments.overrides), arguments.out)
+        evaluated = eval_config(arguments.target, cfg, arguments.overrides)
+        run_eval(arguments.target, evaluated, arguments.out, arguments.overrides)
     return 0
 
 

@@ -2,62 +2,86 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rl.draw import Decoding, Drawn, draw, end_ids, prompt_ids
 from rl.errors import ConfigError
 from rl.estimators import bootstrap_interval, maj_at_k, pass_at_k
-from rl.scoring import score
+from rl.samples import Store, fingerprint
+
+_DRAWN = ["problem", "sample", "completion", "tokens", "truncated", "mean_entropy", "token_entropy"]
+
+Grader = Callable[..., list[float]]
+Answers = Callable[[list[str]], list[str | None]]
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """Metrics by name, and every sample: problem, sample, prompt, completion, answer, correct, tokens, truncated,
-    mean_entropy and token_entropy (nats)."""
+    mean_entropy and token_entropy (nats); strict_answer and strict_correct where there are strict graders.
+
+    Attributes:
+        notes: what a person should know about samples that were on disk already.
+    """
 
     metrics: dict[str, float]
     samples: pd.DataFrame
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class Decoding:
-    """How completions are drawn; temperature 0 is greedy."""
+class Kept:
+    """Where samples are kept as they are drawn: ``<folder>/<name>.parquet`` and, of the greedy ones, ``<name>_greedy.parquet``.
 
-    max_new_tokens: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    batch_size: int = 256  # completions at a time
+    Attributes:
+        model: what tells the model from others (:func:`rl.samples.model_fact`, dtype, ...); must be JSON.
+    """
+
+    folder: Path
+    name: str
+    model: Mapping[str, Any]
+
+    def store(self, suffix: str, facts: Mapping[str, Any]) -> Store:
+        """For the samples that ``facts`` and the model determine."""
+        return Store(self.folder / f"{self.name}{suffix}.parquet", {"model": self.model, **facts})
 
 
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[dict],
-    grader: Callable[..., list[float]],
-    answers: Callable[[list[str]], list[str | None]],
+    grader: Grader,
+    answers: Answers,
     decoding: Decoding,
     *,
     samples: int = 8,
     ks: Sequence[int] = (1, 8),
     greedy: bool = True,
     seed: int = 0,
+    strict_grader: Grader | None = None,
+    strict_answers: Answers | None = None,
+    kept: Kept | None = None,
+    progress: Callable[[Drawn], None] | None = None,
 ) -> Evaluation:
     """Sample every problem, grade, and summarise. The model, its mode and torch's random state are left as they were.
 
     Samples are the policy's own: generation defaults that a model brings (a repetition penalty, say) do not apply, and a
-    completion ends where training ends it, at any end of text that the tokenizer or the model declares.
+    completion ends where training ends it, at any end of text that the tokenizer or the model declares. With ``kept`` an
+    interrupted evaluation goes on where it was, to the samples it would have had; finished samples are graded again only.
 
-    Metrics: ``pass@k`` (unbiased) and ``maj@k`` for each k, ``avg@<samples>``, ``greedy``, ``pass@k/low|high`` (95 %
-    bootstrap over problems), ``entropy/mean|p50|p80|p95|top20_mean`` (nats, over all tokens of the sampled completions, at
-    the decoding temperature), ``len`` (tokens), ``truncated`` (share without end of text), ``distinct`` (different answers a
-    problem), ``extracted`` (share with an answer). A sample is correct when its grade is at least 0.5.
+    Metrics, of which docs/evaluation.md tells the denominators: ``pass@k`` (unbiased), ``maj@k`` for each k above 1,
+    ``avg@<samples>`` and ``greedy``, each with ``/low`` and ``/high`` (95 %, over problems);
+    ``entropy/mean|p50|p80|p95|top20_mean|first_quarter|last_quarter`` (nats, over all tokens of the sampled completions, at
+    the decoding temperature and before top_p and the like), ``len`` (tokens), ``truncated`` (share without end of text),
+    ``distinct`` (different answers a problem), ``extracted`` (share with an answer), and ``strict/pass@1``,
+    ``strict/extracted`` where there are strict functions. A sample is correct when its grade is at least 0.5.
 
     Raises:
         ConfigError: no problem to evaluate, or a k larger than ``samples``.
@@ -65,15 +89,28 @@ def evaluate(
     if not len(rows):
         raise ConfigError("There is no problem to evaluate on. Expected a held-out set with at least one row.")
     check_ks(ks, samples)
-    with _undisturbed(model, seed):
-        frame = _draw(model, tokenizer, rows, decoding, samples)
-        once = _draw(model, tokenizer, rows, _greedy(decoding), 1) if greedy else None
-    _grade(frame, rows, grader, answers)
-    metrics = _summary(frame, samples, ks, seed)
-    if once is not None:
-        _grade(once, rows, grader, answers)
-        metrics["greedy"] = float(once["correct"].mean())
-    return Evaluation(metrics, frame)
+    prompts = [prompt_ids(tokenizer, row["prompt"]) for row in rows]
+    facts = {"prompts": fingerprint(prompts), "end of text": end_ids(model, tokenizer)}
+    notes: list[str] = []
+
+    def graded(decoding: Decoding, samples: int, suffix: str) -> pd.DataFrame:
+        random = {"samples": samples, "seed": seed} if decoding.temperature > 0 else {}
+        facts_here = {**facts, **random, **asdict(decoding)}
+        store = kept.store(suffix, facts_here) if kept else None
+        note = store.prepare() if store else None
+        if note:
+            notes.append(note)
+        frame = store.finished() if store else None
+        if frame is None:
+            frame = draw(model, tokenizer, prompts, decoding, samples, seed, store, progress)
+        frame = _graded(frame[_DRAWN], rows, grader, answers, strict_grader, strict_answers)
+        if store:
+            store.finish(frame)
+        return frame
+
+    frame = graded(decoding, samples, "")
+    once = graded(decoding.greedy(), 1, "_greedy") if greedy else None
+    return Evaluation(summary(frame, once, samples, ks, seed), frame, tuple(notes))
 
 
 def check_ks(ks: Sequence[int], samples: int) -> None:
@@ -84,125 +121,52 @@ def check_ks(ks: Sequence[int], samples: int) -> None:
         )
 
 
-def _greedy(decoding: Decoding) -> Decoding:
-    return Decoding(max_new_tokens=decoding.max_new_tokens, temperature=0.0, batch_size=decoding.batch_size)
-
-
-@contextmanager
-def _undisturbed(model: PreTrainedModel, seed: int) -> Iterator[None]:
-    training = model.training
-    base = model.get_base_model() if hasattr(model, "peft_config") else model
-    defaults = base.generation_config
-    devices = [model.device] if model.device.type == "cuda" else []
-    model.eval()
-    # generate() fills what a given GenerationConfig leaves open from the model's own, which hub models use (transformers 5.23)
-    base.generation_config = GenerationConfig(eos_token_id=defaults.eos_token_id)
-    try:
-        with torch.random.fork_rng(devices=devices), torch.no_grad():
-            torch.manual_seed(seed)
-            yield
-    finally:
-        base.generation_config = defaults
-        model.train(training)
-
-
-def _draw(model, tokenizer, rows, decoding: Decoding, samples: int) -> pd.DataFrame:
-    """One row a sample, ordered by problem; problems of similar prompt length are sampled together."""
-    prompts = [prompt_ids(tokenizer, row["prompt"]) for row in rows]
-    per_batch, at_once = max(1, decoding.batch_size // samples), min(samples, decoding.batch_size)
-    order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
-    records = []
-    for start in range(0, len(order), per_batch):
-        chosen = [(i, prompts[i]) for i in order[start : start + per_batch]]
-        for first in range(0, samples, at_once):
-            numbers = range(first, min(first + at_once, samples))
-            records += _draw_batch(model, tokenizer, chosen, decoding, numbers)
-    return pd.DataFrame(records).sort_values(["problem", "sample"], ignore_index=True)
-
-
-def _draw_batch(model, tokenizer, problems, decoding: Decoding, numbers: range) -> list[dict]:
-    """``numbers`` are those of the samples to draw of each problem."""
-    width = max(len(ids) for _, ids in problems)
-    pad, ends = tokenizer.pad_token_id, _end_ids(model, tokenizer)
-    ids = torch.full((len(problems), width), pad)
-    attention = torch.zeros_like(ids)
-    for row, (_, prompt) in enumerate(problems):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        attention[row, width - len(prompt) :] = 1
-    ids, attention = (x.repeat_interleave(len(numbers), 0).to(model.device) for x in (ids, attention))
-    sampling = (
-        {"do_sample": True, "temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": decoding.top_k}
-        if decoding.temperature > 0
-        else {"do_sample": False}
-    )
-    config = GenerationConfig(
-        max_new_tokens=decoding.max_new_tokens, pad_token_id=pad, eos_token_id=ends or None, **sampling
-    )
-    full = model.generate(input_ids=ids, attention_mask=attention, generation_config=config)
-    new = full[:, width:]
-    end = torch.isin(new, torch.tensor(ends, dtype=new.dtype, device=new.device))
-    ended = end.cumsum(-1)
-    valid = (ended == 0) | (end & (ended == 1))  # up to and including the first end of text
-    entropy = score(
-        model, full, torch.cat([attention, valid.long()], 1), new.shape[1], decoding.temperature or 1.0
-    ).entropy
-    texts = tokenizer.batch_decode([row[m] for row, m in zip(new, valid, strict=True)], skip_special_tokens=True)
-    return [
-        {
-            "problem": problems[i // len(numbers)][0],
-            "sample": numbers[i % len(numbers)],
-            "completion": texts[i],
-            "tokens": int(valid[i].sum()),
-            "truncated": bool(ended[i, -1] == 0),
-            "mean_entropy": float(entropy[i][valid[i]].mean()),
-            "token_entropy": entropy[i][valid[i]].tolist(),
-        }
-        for i in range(len(new))
-    ]
-
-
-def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What ends a completion: the tokenizer's end of text and every one the model declares, as in TRL's training."""
-    declared = model.generation_config.eos_token_id
-    if not isinstance(declared, list):
-        declared = [declared]
-    return sorted({i for i in (tokenizer.eos_token_id, *declared) if i is not None})
-
-
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict]) -> list[int]:
-    """Token ids of a prompt exactly as training sees it: plain text as it is, a chat through the chat template."""
-    if isinstance(prompt, str):
-        return tokenizer(prompt)["input_ids"]
-    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)[
-        "input_ids"
-    ]
-
-
-def _grade(frame: pd.DataFrame, rows, grader, answers) -> None:
-    """Add prompt, answer and correct to the samples, grading all of them in one call."""
+def _graded(frame: pd.DataFrame, rows, grader, answers, strict_grader, strict_answers) -> pd.DataFrame:
+    """The samples with prompt, answer and correct, all of them graded in one call."""
     columns = {name: [rows[i][name] for i in frame["problem"]] for name in rows[0] if name != "prompt"}
     prompts = [rows[i]["prompt"] for i in frame["problem"]]
     completions = frame["completion"].tolist()
-    frame.insert(2, "prompt", [p if isinstance(p, str) else p[-1]["content"] for p in prompts])
-    frame["answer"] = answers(completions)
-    frame["correct"] = [g >= 0.5 for g in grader(prompts=prompts, completions=completions, **columns)]
+
+    def right(grade: Grader) -> list[bool]:
+        return [g >= 0.5 for g in grade(prompts=prompts, completions=completions, **columns)]
+
+    added = {"answer": answers(completions), "correct": right(grader)}
+    if strict_answers:
+        added["strict_answer"] = strict_answers(completions)
+    if strict_grader:
+        added["strict_correct"] = right(strict_grader)
+    shown = [p if isinstance(p, str) else p[-1]["content"] for p in prompts]
+    order = ["problem", "sample", "prompt", "completion", *added, *_DRAWN[3:]]
+    return frame.assign(prompt=shown, **added)[order]
 
 
-def _summary(frame: pd.DataFrame, samples: int, ks: Sequence[int], seed: int) -> dict[str, float]:
-    groups = [(list(g["answer"]), list(g["correct"])) for _, g in frame.groupby("problem", sort=True)]
-    metrics: dict[str, float] = {}
+def summary(
+    frame: pd.DataFrame, greedy: pd.DataFrame | None, samples: int, ks: Sequence[int], seed: int
+) -> dict[str, float]:
+    """The metrics of graded samples. Args: greedy: one graded sample a problem. seed: of the intervals."""
+    groups = [(list(g["answer"]), [bool(c) for c in g["correct"]]) for _, g in frame.groupby("problem", sort=True)]
+    per_problem: dict[str, Sequence[float]] = {}
     for k in sorted(set(ks)):
-        per_problem = [pass_at_k(samples, sum(correct), k) for _, correct in groups]
-        metrics[f"pass@{k}"] = float(np.mean(per_problem))
-        metrics[f"pass@{k}/low"], metrics[f"pass@{k}/high"] = bootstrap_interval(per_problem, seed)
+        per_problem[f"pass@{k}"] = [pass_at_k(samples, sum(correct), k) for _, correct in groups]
         if k > 1:
-            metrics[f"maj@{k}"] = float(np.mean([maj_at_k(a, [bool(x) for x in c], k) for a, c in groups]))
-    metrics[f"avg@{samples}"] = float(frame["correct"].mean())
-    metrics |= entropy_profile(np.concatenate([np.asarray(h, dtype=float) for h in frame["token_entropy"]]))
+            per_problem[f"maj@{k}"] = [maj_at_k(a, correct, k) for a, correct in groups]
+    per_problem[f"avg@{samples}"] = [float(np.mean(correct)) for _, correct in groups]
+    if greedy is not None:
+        per_problem["greedy"] = greedy["correct"].astype(float).tolist()
+    if "strict_correct" in frame:
+        per_problem["strict/pass@1"] = frame.groupby("problem", sort=True)["strict_correct"].mean().tolist()
+    metrics: dict[str, float] = {}
+    for name, values in per_problem.items():
+        metrics[name] = float(np.mean(values))
+        metrics[f"{name}/low"], metrics[f"{name}/high"] = bootstrap_interval(values, seed)
+    entropies = [np.asarray(h, dtype=float) for h in frame["token_entropy"]]
+    metrics |= entropy_profile(np.concatenate(entropies)) | entropy_by_quarter(entropies)
     metrics["len"] = float(frame["tokens"].mean())
     metrics["truncated"] = float(frame["truncated"].mean())
     metrics["distinct"] = float(np.mean([len({a or "" for a in answers}) for answers, _ in groups]))
     metrics["extracted"] = float(frame["answer"].notna().mean())
+    if "strict_answer" in frame:
+        metrics["strict/extracted"] = float(frame["strict_answer"].notna().mean())
     return metrics
 
 
@@ -212,3 +176,11 @@ def entropy_profile(entropies: np.ndarray) -> dict[str, float]:
     p50, p80, p95 = np.quantile(entropies, [0.5, 0.8, 0.95])
     profile = {"mean": entropies.mean(), "p50": p50, "p80": p80, "p95": p95, "top20_mean": top.mean()}
     return {f"entropy/{name}": float(value) for name, value in profile.items()}
+
+
+def entropy_by_quarter(completions: Sequence[np.ndarray]) -> dict[str, float]:
+    """Mean over the tokens in the first and in the last quarter (ceil(n / 4) tokens) of each completion, in nats."""
+    quarters = [int(np.ceil(len(h) / 4)) for h in completions]
+    first = np.concatenate([h[:n] for h, n in zip(completions, quarters, strict=True)])
+    last = np.concatenate([h[len(h) - n :] for h, n in zip(completions, quarters, strict=True)])
+    return {"entropy/first_quarter": float(first.mean()), "entropy/last_quarter": float(last.mean())}

@@ -17,8 +17,8 @@ from data.filters import Decontaminate, Duplicates, Filter, MaxTokens, PassRate,
 from data.load import plain_text
 from rewards.checked import Checked
 from rl.build import make
+from rl.draw import prompt_ids
 from rl.errors import ConfigError
-from rl.evaluate import prompt_ids
 
 Grader = Callable[..., list[float]]
 Answers = Callable[[list[str]], list[str | None]]

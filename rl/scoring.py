@@ -165,7 +165,8 @@ def base_of(model: nn.Module) -> nn.Module:
         raise ConfigError(
             "peft: prompt tuning puts tokens before the prompt, which entrl does not score. Use peft=lora."
         )
-    return model.get_base_model() if hasattr(model, "peft_config") else model
+    # a folder of adapters loads as the model itself, with a peft_config but nothing around it
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 class HiddenTap:

@@ -8,19 +8,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from omegaconf import DictConfig, OmegaConf
 from transformers import set_seed
 
 from rl import build, rundir
-from rl import problems as problem_sets
 from rl.callbacks.alarm import NoOpAlarm
 from rl.callbacks.progress import Progress, show_sample, show_table
 from rl.dynamics import Dynamics
-from rl.errors import ConfigError
-from rl.evaluate import Evaluation, evaluate
-from rl.paths import find_model
+from rl.eval_run import check_engine, evaluate_sets, training_sets
+from rl.evaluate import Evaluation
 from rl.preflight.brief import Ready, before_training
 from rl.quiet import quiet
 from rl.recorder import Recorder
@@ -40,6 +37,8 @@ def run(cfg: DictConfig, overrides: Sequence[str], argv: Sequence[str]) -> Path 
     mode = resolve_mode(cfg.logger.mode)
     set_seed(cfg.seed)
     ready = before_training(cfg)
+    check_engine(cfg, training=True)
+    sets = training_sets(cfg, ready.problems, ready.tokenizer)
     name = cfg.run.name or rundir.run_name(cfg.model.name, cfg.data.name, list(cfg.plugin), cfg.seed)
     rundir.check_free(Path(cfg.run.dir), name, cfg.run.overwrite)
     model = build.language_model(ready.path, cfg.model)
@@ -72,15 +71,15 @@ def run(cfg: DictConfig, overrides: Sequence[str], argv: Sequence[str]) -> Path 
         ) as tracker,
     ):
         rundir.update_manifest(folder, {"wandb_id": tracker.id})
-        summary = _train(cfg, folder, tracker, model, ready, sampler, started)
-        _farewell(folder, tracker, summary)
+        summary = _train(cfg, folder, tracker, model, ready, sets, sampler, started)
+        _farewell(folder, tracker, summary, next(iter(sets)))
     return folder
 
 
-def _train(cfg, folder, tracker, model, ready: Ready, sampler, started) -> dict[str, Any]:
-    problems, tokenizer = ready.problems, ready.tokenizer
+def _train(cfg, folder, tracker, model, ready: Ready, sets, sampler, started) -> dict[str, Any]:
+    problems, tokenizer, main = ready.problems, ready.tokenizer, next(iter(sets))
     seconds = {"warmstart": 0.0, "train": 0.0, "eval": 0.0}
-    before = _evaluate(cfg, folder / "eval", "before", model, tokenizer, problems, seconds) if cfg.eval.before else None
+    before = _evaluate(cfg, sets, folder, "before", model, tokenizer, ready.path, seconds) if cfg.eval.before else {}
     recorder = Recorder(folder / "rollouts", every=cfg.record.every, max_rows=cfg.record.max_rows)
 
     def samples(step: int, metrics, histograms) -> None:
@@ -97,7 +96,7 @@ def _train(cfg, folder, tracker, model, ready: Ready, sampler, started) -> dict[
         processing_class=tokenizer,
         peft_config=build.peft_config(cfg),
         pipeline=ready.pipeline,
-        dynamics=Dynamics(before.metrics["entropy/p80"] if before else None),
+        dynamics=Dynamics(before[main].metrics["entropy/p80"] if before else None),
         recorder=recorder,
         sinks=[tracker.log, Progress(ready.args.max_steps), samples, NoOpAlarm()],
         answers=problems.answers,
@@ -110,13 +109,20 @@ def _train(cfg, folder, tracker, model, ready: Ready, sampler, started) -> dict[
     seconds["train"] = time.perf_counter() - start
     trainer.save_model(str(folder / "checkpoints" / "final"))
     trained = trainer.accelerator.unwrap_model(trainer.model)
-    after = _evaluate(cfg, folder / "eval", "after", trained, tokenizer, problems, seconds) if cfg.eval.after else None
+    final = str(folder / "checkpoints" / "final")
+    after = _evaluate(cfg, sets, folder, "after", trained, tokenizer, final, seconds) if cfg.eval.after else {}
     seconds["total"] = time.perf_counter() - started
     print()
-    if before or after:
-        show_table(before and before.metrics, after and after.metrics, f"{len(problems.heldout)} held-out problems")
+    metrics = {
+        name: {when: e[name].metrics for when, e in (("before", before), ("after", after)) if e} for name in sets
+    }
+    for name, of_set in metrics.items():
+        if of_set:
+            title = f"{len(sets[name].heldout)} held-out problems of {name}"
+            show_table(of_set.get("before"), of_set.get("after"), title)
     summary = {
-        "eval": {k: e.metrics for k, e in (("before", before), ("after", after)) if e is not None},
+        "eval": metrics[main],
+        **({"sets": metrics} if len(sets) > 1 else {}),
         "seconds": seconds,
         "tokens_per_second": trainer.meter.tokens_per_second(),
         "plugins": list(cfg.plugin),
@@ -127,60 +133,12 @@ def _train(cfg, folder, tracker, model, ready: Ready, sampler, started) -> dict[
     return summary
 
 
-def run_eval(target: str | None, cfg: DictConfig, out: str | None) -> Evaluation:
-    """Evaluate a run folder, a saved model or a hub model on the configuration's held-out problems.
-
-    Args:
-        target: what to evaluate, None for ``cfg.model.path``. out: folder for the samples (parquet) and metrics (json), default
-            the run folder's ``eval/``, or ``<run.dir>/eval_<target>/`` when the target is no run folder.
-    """
-    quiet()
-    if cfg.engine.threads:
-        torch.set_num_threads(cfg.engine.threads)
-    path = find_model(target or cfg.model.path)
-    tokenizer = build.tokenizer(path, cfg.model)
-    problems = problem_sets.problems(cfg, tokenizer, train=False)
-    model = build.language_model(path, cfg.model)
-    seconds = {"eval": 0.0}
-    is_run = target is not None and (Path(target) / "manifest.json").is_file()
-    plain = "".join(c if c.isalnum() or c in "-._" else "_" for c in (target or cfg.model.path)).strip("_.")
-    folder = Path(out) if out else Path(target) / "eval" if is_run else Path(cfg.run.dir) / f"eval_{plain}"
-    name = f"{cfg.data.name}_t{cfg.eval.temperature:g}_n{cfg.eval.samples}"
-    evaluation = _evaluate(cfg, folder, name, model, tokenizer, problems, seconds)
-    show_table(
-        None, evaluation.metrics, f"{target or cfg.model.path} on {len(problems.heldout)} problems of {cfg.data.name}"
-    )
-    tokens = evaluation.samples["tokens"].sum()
-    print(f"{len(evaluation.samples)} samples, {tokens / seconds['eval']:,.0f} tokens/s")
-    rundir.write_json(folder / f"{name}.json", evaluation.metrics)
-    print(f"samples and metrics: {folder / name}.parquet and .json")
-    return evaluation
-
-
-def _evaluate(cfg, folder: Path, name: str, model, tokenizer, problems, seconds: dict[str, float]) -> Evaluation:
+def _evaluate(cfg, sets, folder: Path, when: str, model, tokenizer, path: str, seconds) -> dict[str, Evaluation]:
     start = time.perf_counter()
-    evaluation = evaluate(
-        model,
-        tokenizer,
-        problems.heldout,
-        problems.grader,
-        problems.answers,
-        build.decoding(cfg),
-        samples=cfg.eval.samples,
-        ks=list(cfg.eval.ks),
-        greedy=cfg.eval.greedy,
-        seed=cfg.eval.seed,
-    )
+    names = {name: when if len(sets) == 1 else f"{when}_{name}" for name in sets}
+    found = evaluate_sets(cfg, sets, folder / "eval", names, model, tokenizer, path)
     seconds["eval"] += time.perf_counter() - start
-    _save_samples(folder / f"{name}.parquet", evaluation.samples)
-    return evaluation
-
-
-def _save_samples(path: Path, samples: pd.DataFrame) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    samples.to_parquet(partial, index=False)
-    partial.replace(path)
+    return found
 
 
 @contextmanager
@@ -194,8 +152,13 @@ def _recorded_end(folder: Path):
     rundir.finish(folder)
 
 
-def _farewell(folder: Path, tracker: Tracker, summary: Mapping[str, Any]) -> None:
-    flat = {f"eval/{when}/{k}": v for when, metrics in summary["eval"].items() for k, v in metrics.items()}
+def _farewell(folder: Path, tracker: Tracker, summary: Mapping[str, Any], main: str) -> None:
+    flat = {
+        f"eval/{name}/{'before/' if when == 'before' else ''}{k}": v
+        for name, of_set in summary.get("sets", {main: summary["eval"]}).items()
+        for when, metrics in of_set.items()
+        for k, v in metrics.items()
+    }
     where = tracker.where
     tracker.finish(flat)
     s = summary["seconds"]
@@ -206,21 +169,3 @@ def _farewell(folder: Path, tracker: Tracker, summary: Mapping[str, Any]) -> Non
     print(f"next        entrl eval {folder}")
     print("            entrl train plugin=[]             plain GRPO, to compare: watch H fall")
     print("            entrl train plugin=[steer]        another method; entrl --help lists them")
-
-
-def eval_config(target: str | None, cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
-    """The configuration to evaluate ``target`` with: a run folder brings its own data set and model settings.
-
-    What the command line sets wins.
-    """
-    config = Path(target) / "config.yaml" if target else None
-    if config is None or not config.is_file():
-        return cfg
-    own = OmegaConf.load(config)
-    named = {o.lstrip("+~").split("=")[0].split(".")[0] for o in overrides}
-    try:
-        return OmegaConf.merge(
-            cfg, {key: own[key] for key in ("model", "data", "engine", "trainer") if key not in named}
-        )
-    except Exception as error:
-        raise ConfigError(f"{config} cannot be used: {error}. Was it edited?") from error

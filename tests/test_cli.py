@@ -95,13 +95,24 @@ def test_a_run_from_end_to_end(tmp_path, capsys):
     # the run evaluates, and so does its checkpoint as a plain model
     capsys.readouterr()
     assert entrl("eval", str(folder), "eval.samples=2", "eval.ks=[1,2]", "eval.greedy=false") == 0
-    assert "pass@2" in capsys.readouterr().out and list((folder / "eval").glob("countdown_*.json"))
+    said = capsys.readouterr().out
+    assert "pass@2" in said and list((folder / "eval").glob("countdown_*.json"))
+    assert "prompt    " in said and "answers   rewards.countdown.final_answers" in said
     final = str(folder / "checkpoints" / "final")
     small = ["eval.samples=2", "eval.ks=[1]", "data.heldout.count=4"]
     assert entrl("eval", final, *small, f"--out={tmp_path / 'out'}") == 0
-    assert len(list((tmp_path / "out").iterdir())) == 2
+    written = {"countdown_t1_n2.parquet", "countdown_t1_n2_greedy.parquet", "countdown_t1_n2.json"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == written
     assert entrl("eval", "builtin:countdown", *small, f"run.dir={tmp_path}") == 0
-    assert len(list((tmp_path / "eval_builtin_countdown").iterdir())) == 2
+    assert {p.name for p in (tmp_path / "eval_builtin_countdown").iterdir()} == written
+    assert {p.name for p in (folder / "eval").glob("[ab]*")} >= {
+        "before.parquet",
+        "after.parquet",
+        "after_greedy.parquet",
+    }
+    capsys.readouterr()
+    assert entrl("eval", "builtin:countdown", *small, f"run.dir={tmp_path}") == 0
+    assert "reused" in capsys.readouterr().out
 
 
 def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(tmp_path):
@@ -259,6 +270,9 @@ def test_a_reward_that_breaks_later_leaves_a_failed_run_that_says_why(tmp_path, 
         (["data.grader._target_=rewards.nothing.fn"], "rewards.nothing.fn cannot be made"),
         (["plugin.fork_mask._target_=rl.plugins.fork_mask.Nope"], "plugin.fork_mask"),
         (["eval.ks=[1,64]"], "eval.samples"),
+        (["eval.top_p=1.5"], "eval.top_p=1.5 does not work. Expected 0 < top_p <= 1"),
+        (["eval.temperature=0"], "would be the same completion 2 times"),
+        (["eval.limit=0"], "eval.limit=0 does not work"),
         (["data.train.count=31"], "data.train has 31 problems, a rollout takes 32 (256 completions"),
         (["trainer.max_steps=0"], "trainer.max_steps=0 does not work. Expected a number above 0."),
         (["trainer.temperature=0"], "trainer.temperature=0"),
@@ -301,6 +315,65 @@ def test_an_existing_run_is_not_touched(tmp_path, capsys):
 def test_eval_of_what_is_no_model(tmp_path, capsys):
     assert "holds no model" in fails(capsys, "eval", str(tmp_path))
     assert "is no folder with a model" in fails(capsys, "eval", str(tmp_path / "x"))
+
+
+TWO = [
+    "+eval.sets.easy={name: easy, heldout: {_target_: data.countdown.dataset, split: heldout, levels: [3], count: 5, seed: 0}}",
+    "+eval.sets.hard={name: hard, heldout: {_target_: data.countdown.dataset, split: heldout, levels: [4], count: 6, seed: 0}}",
+    *[
+        f"+eval.sets.{name}.{key}={{_target_: rewards.countdown.{fn}, _partial_: true}}"
+        for name in ("easy", "hard")
+        for key, fn in (("grader", "solved"), ("answers", "final_answers"))
+    ],
+]
+
+
+def test_several_sets_before_and_after_training_and_by_entrl_eval(tmp_path, capsys, monkeypatch):
+    told = {}
+    monkeypatch.setattr("rl.tracking.Tracker.finish", lambda self, summary: told.update(summary))
+    assert train(tmp_path, *TWO, "eval.limit=5") == 0
+    folder = tmp_path / "it"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert list(summary["sets"]) == ["easy", "hard"] and summary["eval"] == summary["sets"]["easy"]
+    for name, metrics in summary["sets"].items():
+        assert set(metrics) == {"before", "after"}
+        assert told[f"eval/{name}/pass@1"] == metrics["after"]["pass@1"]
+        assert told[f"eval/{name}/before/pass@1"] == metrics["before"]["pass@1"]
+        assert len(pd.read_parquet(folder / "eval" / f"after_{name}.parquet")) == 5 * 2
+    capsys.readouterr()
+    assert entrl("eval", str(folder), "eval.samples=2", "eval.ks=[1]") == 0  # the run's own sets, without its limit
+    said = capsys.readouterr().out
+    assert "easy, 5 problems" in said and "hard, 6 problems" in said
+    assert {"easy_t1_n2.json", "hard_t1_n2.json"} <= {p.name for p in (folder / "eval").iterdir()}
+
+
+def test_entrl_eval_takes_all_problems_unless_told(tmp_path, capsys):
+    small = ["eval", "builtin:countdown", "data.heldout.count=205", "dry_run=true"]
+    assert entrl(*small) == 0 and "countdown, 205 problems" in capsys.readouterr().out
+    assert entrl(*small, "eval.limit=7") == 0 and "countdown, 7 problems" in capsys.readouterr().out
+    assert train(tmp_path, "data.heldout.count=9", "eval.limit=4") == 0
+    assert "4 held-out problems of countdown" in capsys.readouterr().out
+
+
+def test_a_run_is_evaluated_on_its_own_data_and_length(tmp_path, capsys):
+    assert train(tmp_path, "trainer.max_completion_length=5", "eval.before=false", "eval.after=false") == 0
+    config = tmp_path / "it" / "config.yaml"
+    config.write_text(config.read_text().replace("name: countdown", "name: mine"))
+    capsys.readouterr()
+    small = ["eval.samples=2", "eval.ks=[1]"]
+    assert entrl("eval", str(tmp_path / "it"), *small) == 0
+    assert "mine, 6 problems" in capsys.readouterr().out
+    assert pd.read_parquet(tmp_path / "it" / "eval" / "mine_t1_n2.parquet")["tokens"].max() == 5
+    sentence = fails(capsys, "eval", str(tmp_path / "it"), *small, "data.heldout.count=3")
+    assert "was trained on mine" in sentence and "data=mine data.heldout.count=..." in sentence
+
+
+def test_a_lora_run_is_evaluated(tmp_path, capsys):
+    assert train(tmp_path, "peft=lora", "eval.before=false") == 0
+    assert entrl("eval", str(tmp_path / "it"), "eval.samples=2", "eval.ks=[1]") == 0
+    own = json.loads((tmp_path / "it" / "summary.json").read_text())["eval"]["after"]
+    alone = json.loads((tmp_path / "it" / "eval" / "countdown_t1_n2.json").read_text())
+    assert alone["pass@1"] == own["pass@1"] and alone["entropy/mean"] == pytest.approx(own["entropy/mean"], rel=1e-4)
 
 
 def test_config_of_a_run_is_the_resolved_one(tmp_path):

@@ -70,11 +70,13 @@ def _plain(text: str) -> str:
 # metric -> what the table calls it
 ROWS = {
     "greedy": "greedy",
+    "strict/pass@1": "pass@1, strict",
     "entropy/mean": "mean token entropy, nats",
     "entropy/top20_mean": "top 20 % token entropy, nats",
     "distinct": "distinct answers",
     "len": "completion length, tokens",
     "truncated": "truncated",
+    "extracted": "with an answer",
 }
 
 

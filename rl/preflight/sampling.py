@@ -10,7 +10,8 @@ from omegaconf import DictConfig
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rl.evaluate import Decoding, evaluate
+from rl.draw import Decoding
+from rl.evaluate import evaluate
 from rl.plugins.entropy_band import otsu_exact
 from rl.preflight.report import Section
 from rl.preflight.tasks import rewarded_columns

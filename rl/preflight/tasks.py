@@ -14,7 +14,7 @@ from rewards.checked import Checked
 from rewards.selfcheck import check
 from rewards.text import text_of
 from rl import build
-from rl.evaluate import prompt_ids
+from rl.draw import prompt_ids
 from rl.options import BatchAlgebra
 from rl.preflight.report import Section
 from rl.problems import Problems, problem_sets, problems

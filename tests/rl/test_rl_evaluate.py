@@ -7,8 +7,9 @@ from transformers import AutoModelForCausalLM
 
 from data import countdown
 from rewards.countdown import final_answers, solved
+from rl.draw import Decoding, plan, prompt_ids
 from rl.errors import ConfigError
-from rl.evaluate import Decoding, entropy_profile, evaluate, prompt_ids
+from rl.evaluate import entropy_by_quarter, entropy_profile, evaluate
 from rl.scoring import score
 from tiny import save_model
 
@@ -48,9 +49,10 @@ def test_metrics_follow_from_the_samples(model):
     frame, metrics = result.samples, result.metrics
     assert len(frame) == 24 and frame.groupby("problem")["sample"].apply(list).tolist() == [[0, 1, 2, 3]] * 6
     assert frame["correct"].tolist() == [len(c.split()) % 2 == 0 for c in frame["completion"]]
-    assert metrics["pass@1"] == metrics["avg@4"] == pytest.approx(frame["correct"].mean())
+    assert metrics["pass@1"] == pytest.approx(metrics["avg@4"]) == pytest.approx(frame["correct"].mean())
     assert metrics["pass@4"] == pytest.approx(frame.groupby("problem")["correct"].any().mean())
-    assert metrics["pass@1/low"] <= metrics["pass@1"] <= metrics["pass@1/high"]
+    for name in ("pass@1", "pass@2", "pass@4", "maj@2", "maj@4", "avg@4", "greedy"):
+        assert 0 <= metrics[f"{name}/low"] <= metrics[name] <= metrics[f"{name}/high"] <= 1
     assert metrics["len"] == frame["tokens"].mean() and metrics["extracted"] == frame["answer"].notna().mean()
     flat = np.concatenate(frame["token_entropy"].tolist())
     assert metrics["entropy/mean"] == pytest.approx(flat.mean()) and len(flat) == frame["tokens"].sum()
@@ -143,6 +145,93 @@ def test_chat_prompts_go_through_the_template(model):
 def test_entropy_profile():
     profile = entropy_profile(np.array([0.0, 0.0, 0.0, 0.0, 1.0]))
     assert profile["entropy/mean"] == 0.2 and profile["entropy/top20_mean"] == 1.0 and profile["entropy/p50"] == 0.0
+
+
+def test_entropy_by_quarter():
+    """Of five tokens two are a quarter; a single token is both the first and the last."""
+    quarters = entropy_by_quarter([np.array([1.0, 2.0, 9.0, 3.0, 4.0]), np.array([6.0])])
+    assert quarters == {"entropy/first_quarter": 3.0, "entropy/last_quarter": pytest.approx(13 / 3)}
+
+
+def test_strict_grades_stand_beside_the_default_ones(model):
+    def graded(least):
+        return lambda prompts, completions, **columns: [float(len(c) >= least) for c in completions]
+
+    def found(least):
+        return lambda texts: ["x" if len(t) >= least else None for t in texts]
+
+    lengths = run(model).samples["completion"].str.len()
+    low, high = lengths.quantile(0.2), lengths.quantile(0.7)
+    assert low < high
+    result = run(model, graded(low), found(low), strict_grader=graded(high), strict_answers=found(high))
+    m, frame = result.metrics, result.samples
+    assert m["pass@1"] == pytest.approx((lengths >= low).mean()) and m["extracted"] == (lengths >= low).mean()
+    assert m["strict/pass@1"] == pytest.approx((lengths >= high).mean()) and m["strict/pass@1"] < m["pass@1"]
+    assert m["strict/extracted"] == (lengths >= high).mean()
+    assert m["strict/pass@1/low"] < m["strict/pass@1"] < m["strict/pass@1/high"]
+    assert frame["strict_correct"].tolist() == (lengths >= high).tolist()
+    assert not [name for name in run(model).metrics if name.startswith("strict")]
+
+
+@pytest.mark.parametrize("filter", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 0.999}])
+def test_filters_of_the_distribution_act(model, filter):
+    """Each of these leaves the most likely token only: what is sampled is then what is greedy."""
+    decoding = Decoding(max_new_tokens=8, batch_size=8, **filter)
+    filtered = run(model, decoding=decoding, samples=1, ks=(1,), greedy=False).samples
+    greedy = run(model, decoding=decoding.greedy(), samples=1, ks=(1,), greedy=False).samples
+    assert filtered["completion"].tolist() == greedy["completion"].tolist()
+    assert run(model, samples=1, ks=(1,)).samples["completion"].tolist() != greedy["completion"].tolist()
+
+
+def test_typical_sampling_acts(model):
+    decoding = Decoding(max_new_tokens=8, batch_size=8, typical_p=1e-6)
+    one = run(model, decoding=decoding, samples=4, greedy=False).samples
+    assert one.groupby("problem")["completion"].nunique().tolist() == [1] * 6  # a single token is left each time
+    assert run(model).samples.groupby("problem")["completion"].nunique().max() > 1
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"temperature": -0.1}, "eval.temperature=-0.1 does not work. Expected a number of at least 0"),
+        ({"temperature": float("nan")}, "eval.temperature=nan"),
+        ({"temperature": "hot"}, "eval.temperature=hot"),
+        ({"top_p": 0.0}, "eval.top_p=0.0 does not work. Expected 0 < top_p <= 1"),
+        ({"top_p": 1.1}, "eval.top_p=1.1"),
+        ({"top_p": None}, "eval.top_p=None"),
+        ({"top_k": -1}, "eval.top_k=-1"),
+        ({"top_k": 2.5}, "eval.top_k=2.5 does not work. Expected a whole number"),
+        ({"top_k": True}, "eval.top_k=True"),
+        ({"min_p": 1}, "eval.min_p=1"),
+        ({"typical_p": 0}, "eval.typical_p=0"),
+        ({"batch_size": 0}, "eval.batch_size=0"),
+        ({"max_new_tokens": 0}, "eval.max_new_tokens=0"),
+        ({"temperature": 0, "top_p": 0.9}, "eval.temperature=0 is greedy, eval.top_p=0.9 would do nothing"),
+        ({"temperature": 0, "min_p": 0.1}, "eval.min_p=0.1 would do nothing"),
+    ],
+    ids=str,
+)
+def test_decoding_refuses(values, message):
+    with pytest.raises(ConfigError) as error:
+        Decoding(**{"max_new_tokens": 4, **values})
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("batch_size, samples", [(8, 4), (8, 5), (3, 7), (1, 1), (100, 2)])
+def test_every_sample_is_planned_once(batch_size, samples):
+    lengths = [3, 1, 2, 2, 9]
+    planned = [(p, n) for batch in plan(lengths, batch_size, samples) for p in batch.problems for n in batch.numbers]
+    assert sorted(planned) == [(p, n) for p in range(5) for n in range(samples)]
+
+
+def test_adapters_loaded_from_a_folder_are_evaluated(model, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    whole = AutoModelForCausalLM.from_pretrained(save_model(tmp_path / "base"))
+    get_peft_model(whole, LoraConfig(r=2, target_modules="all-linear")).save_pretrained(tmp_path / "adapters")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "adapters")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    assert run(loaded).samples["completion"].tolist() == run(again).samples["completion"].tolist()
 
 
 def test_refuses(model):

@@ -1,0 +1,202 @@
+"""Drawing completions: how, from which prompt, in which batches. Each batch depends on the seed and its number only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from rl.errors import ConfigError
+from rl.samples import Store
+from rl.scoring import score
+
+# what a filter of the distribution is when it is off
+_OFF = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "typical_p": 1.0}
+_RANGES = {
+    "temperature": (lambda x: x >= 0, "a number of at least 0; 0 is greedy"),
+    "top_p": (lambda x: 0 < x <= 1, "0 < top_p <= 1; 1 is off"),
+    "top_k": (lambda x: isinstance(x, int) and x >= 0, "a whole number of at least 0; 0 is off"),
+    "min_p": (lambda x: 0 <= x < 1, "0 <= min_p < 1; 0 is off"),
+    "typical_p": (lambda x: 0 < x <= 1, "0 < typical_p <= 1; 1 is off"),
+    "batch_size": (lambda x: isinstance(x, int) and x >= 1, "a whole number of at least 1"),
+    "max_new_tokens": (lambda x: isinstance(x, int) and x >= 1, "a whole number of at least 1"),
+}
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How completions are drawn, in the terms of transformers' GenerationConfig; temperature 0 is greedy.
+
+    Raises:
+        ConfigError: a value out of range, or a filter of the distribution beside temperature 0, which would do nothing.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    batch_size: int = 256  # completions at a time
+    min_p: float = 0.0
+    typical_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, (fits, expected) in _RANGES.items():
+            value = getattr(self, name)
+            number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            if not number or not fits(value):
+                raise ConfigError(f"eval.{name}={value} does not work. Expected {expected}.")
+        for name, off in _OFF.items():
+            if self.temperature == 0 and getattr(self, name) != off:
+                raise ConfigError(
+                    f"eval.temperature=0 is greedy, eval.{name}={getattr(self, name)} would do nothing. Leave it at {off}, "
+                    "or raise eval.temperature."
+                )
+
+    def greedy(self) -> Decoding:
+        """The same length and batches, greedily."""
+        return replace(self, temperature=0.0, **_OFF)
+
+    def options(self) -> dict[str, float | int | bool]:
+        """For GenerationConfig."""
+        if self.temperature == 0:
+            return {"do_sample": False}
+        # transformers applies a min_p of 0 as well
+        filters = {n: getattr(self, n) for n in _OFF if n != "min_p" or self.min_p > 0}
+        return {"do_sample": True, "temperature": self.temperature, **filters}
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict]) -> list[int]:
+    """Token ids of a prompt exactly as training sees it: plain text as it is, a chat through the chat template."""
+    if isinstance(prompt, str):
+        return tokenizer(prompt)["input_ids"]
+    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)[
+        "input_ids"
+    ]
+
+
+def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What ends a completion: the tokenizer's end of text and every one the model declares, as in TRL's training."""
+    declared = model.generation_config.eos_token_id
+    if not isinstance(declared, list):
+        declared = [declared]
+    return sorted({i for i in (tokenizer.eos_token_id, *declared) if i is not None})
+
+
+class Drawn(NamedTuple):
+    """How far a drawing is. Samples and tokens count what was drawn now, not what was there already."""
+
+    batches: int
+    of: int
+    samples: int
+    tokens: int
+
+
+class _Batch(NamedTuple):
+    problems: list[int]
+    numbers: range  # of the samples to draw of each problem
+
+
+def plan(lengths: Sequence[int], batch_size: int, samples: int) -> list[_Batch]:
+    """Which samples are drawn together: problems of similar prompt length, at most ``batch_size`` completions at a time."""
+    per_batch, at_once = max(1, batch_size // samples), min(samples, batch_size)
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    return [
+        _Batch(order[start : start + per_batch], range(first, min(first + at_once, samples)))
+        for start in range(0, len(order), per_batch)
+        for first in range(0, samples, at_once)
+    ]
+
+
+def draw(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    decoding: Decoding,
+    samples: int,
+    seed: int,
+    store: Store | None = None,
+    progress: Callable[[Drawn], None] | None = None,
+) -> pd.DataFrame:
+    """``samples`` completions of every prompt (token ids): one row each, ordered by problem and sample.
+
+    A batch that ``store`` holds is taken from there, any other is put there as soon as it is drawn. Every batch has a random
+    state of its own, so a drawing that was interrupted ends with the samples it would have had. The model, its mode and
+    torch's random state are left as they were.
+    """
+    batches, ends = plan([len(p) for p in prompts], decoding.batch_size, samples), end_ids(model, tokenizer)
+    frames, fresh, tokens = [], 0, 0
+    with _undisturbed(model):
+        for number, batch in enumerate(batches):
+            frame = store.part(number) if store else None
+            if frame is None:
+                torch.manual_seed(_batch_seed(seed, number))
+                frame = _draw_batch(model, tokenizer, prompts, batch, decoding, ends)
+                fresh, tokens = fresh + len(frame), tokens + int(frame["tokens"].sum())
+                if store:
+                    store.keep(number, frame)
+            frames.append(frame)
+            if progress:
+                progress(Drawn(number + 1, len(batches), fresh, tokens))
+    return pd.concat(frames).sort_values(["problem", "sample"], ignore_index=True)
+
+
+def _batch_seed(seed: int, number: int) -> int:
+    return int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0] >> 1)
+
+
+@contextmanager
+def _undisturbed(model: PreTrainedModel) -> Iterator[None]:
+    training = model.training
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    defaults = base.generation_config
+    devices = [model.device] if model.device.type == "cuda" else []
+    model.eval()
+    # generate() fills what a given GenerationConfig leaves open from the model's own, which hub models use (transformers 5.23)
+    base.generation_config = GenerationConfig(eos_token_id=defaults.eos_token_id)
+    try:
+        with torch.random.fork_rng(devices=devices), torch.no_grad():
+            yield
+    finally:
+        base.generation_config = defaults
+        model.train(training)
+
+
+def _draw_batch(model, tokenizer, prompts, batch: _Batch, decoding: Decoding, ends: list[int]) -> pd.DataFrame:
+    chosen, each = [prompts[i] for i in batch.problems], len(batch.numbers)
+    width, pad = max(map(len, chosen)), tokenizer.pad_token_id
+    ids = torch.full((len(chosen), width), pad)
+    attention = torch.zeros_like(ids)
+    for row, prompt in enumerate(chosen):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        attention[row, width - len(prompt) :] = 1
+    ids, attention = (x.repeat_interleave(each, 0).to(model.device) for x in (ids, attention))
+    config = GenerationConfig(
+        max_new_tokens=decoding.max_new_tokens, pad_token_id=pad, eos_token_id=ends or None, **decoding.options()
+    )
+    full = model.generate(input_ids=ids, attention_mask=attention, generation_config=config)
+    new = full[:, width:]
+    end = torch.isin(new, torch.tensor(ends, dtype=new.dtype, device=new.device))
+    ended = end.cumsum(-1)
+    valid = (ended == 0) | (end & (ended == 1))  # up to and including the first end of text
+    entropy = score(
+        model, full, torch.cat([attention, valid.long()], 1), new.shape[1], decoding.temperature or 1.0
+    ).entropy
+    texts = tokenizer.batch_decode([row[m] for row, m in zip(new, valid, strict=True)], skip_special_tokens=True)
+    return pd.DataFrame(
+        {
+            "problem": np.repeat(batch.problems, each),
+            "sample": list(batch.numbers) * len(chosen),
+            "completion": texts,
+            "tokens": valid.sum(-1).tolist(),
+            "truncated": (ended[:, -1] == 0).tolist(),
+            "mean_entropy": [float(h[m].mean()) for h, m in zip(entropy, valid, strict=True)],
+            "token_entropy": [h[m].float().cpu().numpy() for h, m in zip(entropy, valid, strict=True)],
+        }
+    )
