@@ -16,7 +16,7 @@ from rl import build, rundir
 from rl.callbacks.alarm import NoOpAlarm
 from rl.callbacks.progress import Progress, show_sample, show_table
 from rl.dynamics import Dynamics
-from rl.eval_run import check_engine, evaluate_sets, training_sets
+from rl.eval_run import evaluate_sets, training_sets
 from rl.evaluate import Evaluation
 from rl.preflight.brief import Ready, before_training
 from rl.quiet import quiet
@@ -37,7 +37,6 @@ def run(cfg: DictConfig, overrides: Sequence[str], argv: Sequence[str]) -> Path 
     mode = resolve_mode(cfg.logger.mode)
     set_seed(cfg.seed)
     ready = before_training(cfg)
-    check_engine(cfg, training=True)
     sets = training_sets(cfg, ready.problems, ready.tokenizer)
     name = cfg.run.name or rundir.run_name(cfg.model.name, cfg.data.name, list(cfg.plugin), cfg.seed)
     rundir.check_free(Path(cfg.run.dir), name, cfg.run.overwrite)

@@ -14,6 +14,7 @@ from trl import GRPOConfig
 from rl import build, rundir
 from rl.config import compose, gate_order, reward_gates
 from rl.errors import ConfigError, MissingError
+from rl.eval_run import check_engine
 from rl.groups import run_facts, trained_of_group
 from rl.options import batch_algebra, trainer_flaws
 from rl.paths import find_model
@@ -71,6 +72,7 @@ def check_settings(cfg: DictConfig, section: Section) -> tuple[Pipeline | None, 
         section.attempt(batch_algebra, cfg.trainer, world())
     _check_rewards(cfg, section)
     section.attempt(build.decoding, cfg)
+    section.attempt(check_engine, cfg, True)
     section.attempt(resolve_mode, cfg.logger.mode)
     section.attempt(build.check_dtype, cfg.model)
     section.attempt(build.peft_config, cfg)
