@@ -129,6 +129,14 @@ def test_no_batch_is_larger_than_asked(model, monkeypatch, samples, batch_size, 
     assert frame.groupby("problem")["sample"].apply(list).tolist() == [list(range(samples))] * len(ROWS)
 
 
+def test_batches_draw_different_samples(model):
+    """One problem in four batches of two: with one random state for all of them each would draw the same two."""
+    decoding = Decoding(max_new_tokens=8, batch_size=2)
+    frame = run(model, rows=ROWS[:1], decoding=decoding, samples=8, ks=(1,), greedy=False).samples
+    pairs = [tuple(frame["completion"][i : i + 2]) for i in range(0, 8, 2)]
+    assert len(set(pairs)) == 4
+
+
 def test_truncation_and_end_of_text(model):
     frame = run(model).samples
     assert (frame["tokens"] <= 8).all() and frame[frame["truncated"]]["tokens"].eq(8).all()
