@@ -129,12 +129,12 @@ class Duplicates:
     def __call__(self, row: Mapping) -> str | None:
         words = _words(row["prompt"])
         if tuple(words) in self._seen:
-            return "a duplicate"
+            return "duplicates"
         self._seen.add(tuple(words))
         if not self.near:
             return None
         grams = frozenset(_hashes(words) - self._instruction)
-        return "a near duplicate" if grams and self._is_near(grams) else None
+        return "near duplicates" if grams and self._is_near(grams) else None
 
     def _is_near(self, grams: frozenset[int]) -> bool:
         prefix = sorted(grams)[: len(grams) - math.ceil(self.similarity * len(grams) - 1e-9) + 1]

@@ -120,6 +120,7 @@ def resolve_mode(mode: Mode) -> Mode:
 
 
 def has_key() -> bool:
+    """Whether a W&B key is in the environment or in the netrc file; it is never read out."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
