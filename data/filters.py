@@ -50,7 +50,7 @@ class MaxTokens:
     """Drops prompts longer than ``limit`` tokens. ``length``: prompt -> tokens, as training counts them."""
 
     def __init__(self, length: Callable[[Prompt], int], limit: int):
-        if limit < 1:
+        if not isinstance(limit, int) or limit < 1:
             raise DataError(
                 f"data.filter.max_prompt_tokens={limit} drops everything. Expected a number above 0, or null."
             )
@@ -72,7 +72,7 @@ class PassRate:
     """
 
     def __init__(self, low: float, high: float, *, rates: str | None = None, column: str = "pass_rate"):
-        if not 0 <= low <= high <= 1:
+        if not all(isinstance(x, int | float) for x in (low, high)) or not 0 <= low <= high <= 1:
             raise DataError(
                 f"data.filter.pass_rate: low={low}, high={high} do not fit. Expected 0 <= low <= high <= 1."
             )
@@ -116,7 +116,7 @@ class Duplicates:
     def __init__(self, kind: str = "exact", similarity: float = 0.8, sample: Iterable[Prompt] = ()):
         if kind not in ("exact", "near"):
             raise DataError(f"data.filter.duplicates={kind} is not known. Expected exact, near or null.")
-        if not 0 < similarity <= 1:
+        if not isinstance(similarity, int | float) or not 0 < similarity <= 1:
             raise DataError(
                 f"data.filter.similarity={similarity} is no similarity. Expected a number above 0, up to 1."
             )
@@ -160,7 +160,7 @@ class Decontaminate:
     """
 
     def __init__(self, sets: Mapping[str, Iterable[Prompt]], sample: Iterable[Prompt] = (), n: int = 13):
-        if n < 1:
+        if not isinstance(n, int) or n < 1:
             raise DataError(f"data.filter.ngram={n} is no length. Expected a number above 0; 13 is usual.")
         self.n, self._owner = n, {}
         counts = Counter(gram for prompt in sample for gram in self._grams(prompt))

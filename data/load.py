@@ -17,6 +17,11 @@ from data.prompts import PromptFormat, plain
 from data.read import Row, first_line, local_files, rows
 from data.schema import Columns, flaw, pick, reach, report, resolve
 
+_EXAMPLES = {
+    "columns": "{prompt: question}",
+    "where": "{level: [Level 4, Level 5]}",
+    "splits": "{train: train, heldout: test}",
+}
 _CHUNK = 10_000  # rows that are Python objects at a time
 
 log = logging.getLogger("entrl.data")
@@ -61,12 +66,18 @@ class Source:
     def __post_init__(self):
         if self.on_bad_row not in ("error", "skip"):
             raise DataError(f"data.on_bad_row={self.on_bad_row} is not known. Expected error or skip.")
+        for name in ("columns", "where", "splits"):
+            if not isinstance(value := getattr(self, name), Mapping):
+                raise DataError(f"data.{name}={value} is no map. Expected one, as data.{name}={_EXAMPLES[name]}.")
+        for name, values in self.where.items():
+            if isinstance(values, str) or not isinstance(values, Sequence):
+                raise DataError(f"data.where.{name}={values} is no list. Expected the values to keep, as [{values}].")
         if "prompt" not in self.columns:
             raise DataError(
                 f"data.columns has no 'prompt', only {', '.join(self.columns) or 'nothing'}. Name its column."
             )
-        if self.holdout is not None and self.holdout < 1:
-            raise DataError(f"data.holdout={self.holdout} holds nothing out. Expected a number above 0, or null.")
+        if self.holdout is not None and (not isinstance(self.holdout, int) or self.holdout < 1):
+            raise DataError(f"data.holdout={self.holdout} holds nothing out. Expected a whole number above 0, or null.")
 
 
 def table(source: Source, part: Literal["train", "heldout"], limit: int | None = None) -> Dataset | IterableDataset:

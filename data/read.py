@@ -96,7 +96,7 @@ def _jsonl(file: Path) -> Iterator[dict | str | None]:
                 yield None  # counted, so that row numbers are line numbers
                 continue
             try:
-                values = json.loads(line.decode("utf-8"))
+                values = json.loads(line.decode("utf-8-sig"))
             except UnicodeDecodeError as error:
                 yield f"is not valid UTF-8 (byte {line[error.start]:#04x} at {error.start})"
             except (json.JSONDecodeError, RecursionError) as error:
@@ -106,7 +106,7 @@ def _jsonl(file: Path) -> Iterator[dict | str | None]:
 
 
 def _json(file: Path) -> Iterator[dict | str]:
-    table = json.loads(file.read_bytes().decode("utf-8") or "[]")
+    table = json.loads(file.read_bytes().decode("utf-8-sig") or "[]")
     if not isinstance(table, list):
         raise DataError(
             f"{file} holds a {type(table).__name__}. Expected a list of objects, or one object a line as .jsonl."

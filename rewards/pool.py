@@ -5,14 +5,17 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
-import multiprocessing
 import os
 import resource
 import signal
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import TimeoutError
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing.popen_forkserver import Popen
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 from pebble import ProcessExpired, ProcessPool
@@ -24,6 +27,7 @@ _MEMORY = 4 << 30  # bytes of address space of a worker
 _PRELOAD = "rewards.math_grading"  # imported once, so that a replaced worker starts in milliseconds
 
 _lock = threading.Lock()
+_starting = threading.Lock()
 _pools: dict[int, ProcessPool] = {}
 
 
@@ -89,10 +93,28 @@ def _pool(workers: int) -> ProcessPool:
         pool = _pools.get(workers)
         if pool is None or not pool.active:
             # fork is not safe beside torch's threads; a fork server is quick and has none
-            context = multiprocessing.get_context("forkserver")
+            context = _Context()
             context.set_forkserver_preload([_PRELOAD])
             pool = _pools[workers] = ProcessPool(workers, initializer=_prepare, context=context)
         return pool
+
+
+class _Process(ForkServerProcess):
+    """Started without the user's main script, which multiprocessing would run again in every worker."""
+
+    @staticmethod
+    def _Popen(process_obj):
+        with _starting:
+            main = sys.modules["__main__"]
+            sys.modules["__main__"] = ModuleType("__main__")
+            try:
+                return Popen(process_obj)
+            finally:
+                sys.modules["__main__"] = main
+
+
+class _Context(ForkServerContext):
+    Process = _Process
 
 
 def _prepare() -> None:

@@ -63,6 +63,19 @@ def _check_names(key: str, made: partial) -> None:
         )
 
 
+def use_threads(threads: int | None) -> None:
+    """Let torch use so many CPU threads, None for its default.
+
+    Raises:
+        ConfigError: no number of threads.
+    """
+    if threads is None:
+        return
+    if not isinstance(threads, int) or isinstance(threads, bool) or threads < 1:
+        raise ConfigError(f"engine.threads={threads} does not work. Expected a number above 0, or null.")
+    torch.set_num_threads(threads)
+
+
 def pipeline(cfg: DictConfig) -> Pipeline:
     """The selected plug-ins in order."""
     return Pipeline({name: make(f"plugin.{name}", node) for name, node in cfg.plugin.items()})

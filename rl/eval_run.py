@@ -41,8 +41,7 @@ def run_eval(target: str | None, cfg: DictConfig, out: str | None, overrides: Se
     """
     quiet()
     check_engine(cfg)
-    if cfg.engine.threads:
-        torch.set_num_threads(cfg.engine.threads)
+    build.use_threads(cfg.engine.threads)
     path = find_model(target or cfg.model.path)
     is_run = target is not None and (Path(target) / "manifest.json").is_file()
     folder = (

@@ -115,6 +115,10 @@ def evaluate(
 
 def check_ks(ks: Sequence[int], samples: int) -> None:
     """Raise ConfigError unless every k can be estimated from ``samples`` samples."""
+    if not isinstance(samples, int) or isinstance(samples, bool) or samples < 1:
+        raise ConfigError(f"eval.samples={samples} does not work. Expected a whole number of at least 1.")
+    if not isinstance(ks, Sequence) or isinstance(ks, str) or not all(isinstance(k, int) for k in ks):
+        raise ConfigError(f"eval.ks={ks} is no list of whole numbers. Expected one, as eval.ks=[1,8].")
     if not ks or min(ks) < 1 or max(ks) > samples:
         raise ConfigError(
             f"eval.ks={list(ks)} does not fit eval.samples={samples}. Expected numbers from 1 to eval.samples."

@@ -138,6 +138,10 @@ def _filters(key: str, node: DictConfig, tokenizer, train: Dataset | IterableDat
     if options.max_prompt_tokens is not None:
         filters.append(MaxTokens(lambda prompt: len(prompt_ids(tokenizer, prompt)), options.max_prompt_tokens))
     if options.pass_rate:
+        if not isinstance(options.pass_rate, DictConfig):
+            raise ConfigError(
+                f"{key}.filter.pass_rate={options.pass_rate} is no map. Expected one, as {{low: 0.1, high: 0.9}}, or null."
+            )
         filters.append(
             make(f"{key}.filter.pass_rate", {"_target_": f"{PassRate.__module__}.PassRate", **options.pass_rate})
         )

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 from transformers import set_seed
 
@@ -32,8 +31,7 @@ def run(cfg: DictConfig, overrides: Sequence[str], argv: Sequence[str]) -> Path 
     """
     quiet()
     started = time.perf_counter()
-    if cfg.engine.threads:
-        torch.set_num_threads(cfg.engine.threads)
+    build.use_threads(cfg.engine.threads)
     mode = resolve_mode(cfg.logger.mode)
     set_seed(cfg.seed)
     ready = before_training(cfg)

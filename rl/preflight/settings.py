@@ -80,8 +80,7 @@ def check_settings(cfg: DictConfig, section: Section) -> tuple[Pipeline | None, 
         value = OmegaConf.select(cfg, key)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             section.error(f"{key}={value} does not work. Expected a whole number of at least {least}.")
-    if cfg.engine.threads is not None and not (isinstance(cfg.engine.threads, int) and cfg.engine.threads > 0):
-        section.error(f"engine.threads={cfg.engine.threads} does not work. Expected a number above 0, or null.")
+    section.attempt(build.use_threads, cfg.engine.threads)
     if cfg.run.name is not None:
         section.attempt(rundir.check_free, Path(cfg.run.dir), cfg.run.name, cfg.run.overwrite)
     if cfg.trainer.get("bf16") and not torch.cuda.is_available():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from inspect import Parameter, signature
 from typing import Any
@@ -32,7 +33,12 @@ def check_data(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, section: Sec
         section.error(str(error))
         if "data.on_bad_row=skip" not in str(error):
             return None
-        found = section.attempt(problems, _skipping(cfg), tokenizer)
+        log = logging.getLogger("entrl.data")
+        log.disabled = True  # the error above has said it
+        try:
+            found = section.attempt(problems, _skipping(cfg), tokenizer)
+        finally:
+            log.disabled = False
     if cfg.eval.sets:
         section.attempt(problem_sets, cfg, tokenizer)
     if found is not None:

@@ -160,6 +160,16 @@ if __name__ == "__main__":
 """
 
 
+def test_a_script_without_a_guard_is_not_run_again_by_the_workers(tmp_path):
+    script = tmp_path / "unguarded.py"
+    script.write_text(
+        "from rewards.math_answer import math_answer\n"
+        "print(math_answer(['p'] * 3, ['4', '9^{9^{9^{9}}}', '5'], ['4', '4', '4'], timeout=1.0), flush=True)\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "[1.0, 0.0, 0.0]\n", done.stderr
+
+
 @pytest.mark.parametrize(
     "rest", ["", "os.kill(os.getpid(), 9)", 'math_answer(["p"], ["9^{9^{9^{9}}}"], ["4"], timeout=600)']
 )
