@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -38,7 +38,16 @@ def apply(data: Dataset | IterableDataset, filters: Sequence[Filter]) -> tuple[D
     if not filters:
         return data, dropped
     if isinstance(data, IterableDataset):
-        return data.filter(keep), dropped
+
+        def passing() -> Iterator[dict]:
+            """Every pass over a stream begins anew: what an earlier one saw is no duplicate."""
+            dropped.clear()
+            for each in filters:
+                if isinstance(each, Duplicates):
+                    each.forget()
+            yield from filter(keep, data)
+
+        return IterableDataset.from_generator(passing), dropped
     kept = [i for i, row in enumerate(data) if keep(row)]
     if not kept:
         reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
@@ -135,6 +144,12 @@ class Duplicates:
             return None
         grams = frozenset(_hashes(words) - self._instruction)
         return "near duplicates" if grams and self._is_near(grams) else None
+
+    def forget(self) -> None:
+        """Begin anew."""
+        self._seen.clear()
+        self._grams.clear()
+        self._index.clear()
 
     def _is_near(self, grams: frozenset[int]) -> bool:
         prefix = sorted(grams)[: len(grams) - math.ceil(self.similarity * len(grams) - 1e-9) + 1]

@@ -37,7 +37,8 @@ class Source:
         splits: the set's names for ``train`` and ``heldout``.
         holdout: rows at the start that are held out where both parts would be the same rows (a single file, or one split);
             None for test-time training: both parts are all rows.
-        columns: our name -> theirs, or a list of which the first present is taken; dots reach into nested fields.
+        columns: our name -> theirs, or a list of which the first present is taken; dots reach into nested fields; None leaves one
+            out, as the answer of problems without labels.
         where: their column -> the values to keep, as ``{level: [Level 4, Level 5]}``.
         prompt: see ``data.prompts``.
         answer_after: keep only what follows this mark in the answer, as GSM8K's ``####``.
@@ -72,6 +73,10 @@ class Source:
         for name, values in self.where.items():
             if isinstance(values, str) or not isinstance(values, Sequence):
                 raise DataError(f"data.where.{name}={values} is no list. Expected the values to keep, as [{values}].")
+        if not isinstance(self.path, str) or not self.path.strip():
+            raise DataError(f"data.path={self.path!r} is no path. Give a file, a folder, or a hub id.")
+        if not isinstance(self.streaming, bool):
+            raise DataError(f"data.streaming={self.streaming} is neither true nor false.")
         if "prompt" not in self.columns:
             raise DataError(
                 f"data.columns has no 'prompt', only {', '.join(self.columns) or 'nothing'}. Name its column."
@@ -89,6 +94,8 @@ def table(source: Source, part: Literal["train", "heldout"], limit: int | None =
     Raises:
         DataError: nothing there, a missing column (named, with those present), bad rows, or no row left.
     """
+    if limit is not None and (not isinstance(limit, int) or limit < 1):
+        raise DataError(f"data.limit={limit} does not work. Expected a whole number above 0, or null.")
     if source.streaming and part == "train":
         if next(_good_rows(source, part, limit=1), None) is None:  # what is wrong with the first row is said now
             raise _nothing_left(source, part, limit)
@@ -108,7 +115,8 @@ def table(source: Source, part: Literal["train", "heldout"], limit: int | None =
 
 def _nothing_left(source: Source, part: str, limit: int | None) -> DataError:
     return DataError(
-        f"data path={source.path} has no row left for {part} (holdout={source.holdout}, where={dict(source.where)}, limit={limit})."
+        f"data path={source.path} has no row left for {part} (holdout={source.holdout}, where={dict(source.where)}, limit={limit}). "
+        "Lower data.holdout, or loosen data.where and data.limit."
     )
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 from data.errors import DataError
 
-Columns = Mapping[str, str | Sequence[str]]
+Columns = Mapping[str, str | Sequence[str] | None]  # None: this column is not wanted
 
 _MISSING = object()
-_LISTED = 20  # bad rows that a message names
+_LISTED = 20  # bad rows of one reason, and reasons, that a message names
 
 
 def resolve(path: str, columns: Columns, row: dict) -> dict[str, str]:
@@ -23,6 +23,8 @@ def resolve(path: str, columns: Columns, row: dict) -> dict[str, str]:
     """
     found, missing = {}, []
     for ours, theirs in columns.items():
+        if theirs is None:
+            continue
         candidates = [theirs] if isinstance(theirs, str) else list(theirs)
         hit = next((c for c in candidates if reach(row, c) is not _MISSING), None)
         if hit is None:
@@ -115,9 +117,19 @@ def _is_broken(value: Any) -> bool:
 
 def report(path: str, bad: Sequence[tuple[int, str]], total: int) -> str:
     """One sentence on the bad rows of a set, by number."""
-    named = "; ".join(f"row {number}: {reason}" for number, reason in bad[:_LISTED])
-    more = f"; and {len(bad) - _LISTED} more" if len(bad) > _LISTED else ""
+    by_reason: dict[str, list[int]] = {}
+    for number, reason in bad:
+        by_reason.setdefault(reason, []).append(number)
+    named = "; ".join(f"{_rows(numbers)}: {reason}" for reason, numbers in list(by_reason.items())[:_LISTED])
+    more = f"; and {len(by_reason) - _LISTED} more reasons" if len(by_reason) > _LISTED else ""
     return f"data path={path} has {len(bad)} bad of {total} rows (counted from 1): {named}{more}"
+
+
+def _rows(numbers: Sequence[int]) -> str:
+    if len(numbers) == 1:
+        return f"row {numbers[0]}"
+    more = f" and {len(numbers) - _LISTED} more" if len(numbers) > _LISTED else ""
+    return f"rows {', '.join(map(str, numbers[:_LISTED]))}{more}"
 
 
 def _present(row: Any, prefix: str = "") -> list[str]:

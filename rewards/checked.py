@@ -32,10 +32,12 @@ class Checked:
             values = self.fn(prompts=prompts, completions=completions, **columns)
         except RewardError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             index = self._culprit(prompts, completions, columns)
             where = "" if index is None else f" on {_sample(index, prompts, completions)}"
             raise RewardError(f"reward.{self.__name__} raised {type(error).__name__}: {error}{where}.") from error
+        if hasattr(values, "tolist"):  # numpy, torch
+            values = values.tolist()
         if not isinstance(values, Sequence) or len(values) != len(completions):
             got = f"{len(values)} values" if isinstance(values, Sequence) else type(values).__name__
             raise RewardError(
@@ -57,7 +59,7 @@ class Checked:
                 self.fn(prompts=[prompts[i]], completions=[completions[i]], **one)
             except RewardError:
                 return None  # a reward of groups refuses every single sample: that blames none of them
-            except Exception:
+            except (Exception, SystemExit):
                 return i
         return None
 

@@ -12,7 +12,13 @@ from typing import Any
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerState,
+)
 from trl import GRPOConfig
 
 from data.errors import DataError
@@ -140,6 +146,10 @@ def rewards(cfg: DictConfig) -> tuple[list[Checked | Once | Gated], list[float]]
     return [built[name] for name in cfg.reward], [float(node.weight) for node in cfg.reward.values()]
 
 
+def _ignore(name: str, value: Any) -> None:
+    """Where nothing is logged yet."""
+
+
 def probe_rewards(functions: Sequence[Checked | Once | Gated], rows: Sequence[dict], group: int) -> None:
     """Call each reward once on empty completions of one prompt, so that a broken one fails before the run starts.
 
@@ -149,6 +159,7 @@ def probe_rewards(functions: Sequence[Checked | Once | Gated], rows: Sequence[di
     row = rows[0]
     columns = {name: [value] * group for name, value in row.items() if name != "prompt"}
     columns["completion_ids"] = [[] for _ in range(group)]
+    columns |= {"trainer_state": TrainerState(max_steps=1), "log_metric": _ignore, "log_extra": _ignore}
     if any(function.needs_logp for function in functions):
         columns["mean_logp"] = [0.0] * group
     chat = not isinstance(row["prompt"], str)

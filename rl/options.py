@@ -30,12 +30,20 @@ def trainer_flaws(trainer: DictConfig) -> Iterator[str]:
             yield f"trainer.{key} is no option of trl.GRPOConfig.{did_you_mean(str(key), list(known))}"
         elif isinstance(known[key], int | float) and value is not None and not isinstance(value, int | float):
             yield f"trainer.{key}={value} is a {type(value).__name__}. Expected a number or a truth value."
+        elif _is_whole(known[key]) and isinstance(value, float):
+            yield f"trainer.{key}={value} does not work. Expected a whole number."
+        elif key == "top_p" and not 0 < value <= 1:
+            yield f"trainer.top_p={value} does not work. Expected 0 < top_p <= 1; 1 is off."
         elif key in _POSITIVE and not (isinstance(value, int | float) and value > 0):
             yield f"trainer.{key}={value} does not work. Expected a number above 0."
         elif key in _CHOICES and value not in _CHOICES[key]:
             yield f"trainer.{key}={value} is not known. Expected one of: {', '.join(_CHOICES[key])}."
         elif key in _OURS:
             yield f"trainer.{key} is set by entrl itself: {_OURS[key]}."
+
+
+def _is_whole(default: object) -> bool:
+    return isinstance(default, int) and not isinstance(default, bool)
 
 
 _CHOICES = {

@@ -43,9 +43,9 @@ def check_free(directory: Path, name: str, overwrite: bool) -> Path:
     Raises:
         RunExistsError: the name is taken and ``overwrite`` is false. ConfigError: it is no name of a folder.
     """
-    if not name or Path(name).name != name:
+    if not name or name == ".." or Path(name).name != name or len(name) > 200:
         raise ConfigError(
-            f"run.name={name} is no name of a folder. Expected one without / in it; run.dir says where it goes."
+            f"run.name={name} is no name of a folder. Expected one of up to 200 characters without / in it; run.dir says where it goes."
         )
     folder = Path(directory) / name
     if folder.exists() and not overwrite:

@@ -15,6 +15,7 @@ from rl import build, rundir
 from rl.callbacks.alarm import NoOpAlarm
 from rl.callbacks.progress import Progress, show_sample, show_table
 from rl.dynamics import Dynamics
+from rl.errors import ConfigError
 from rl.eval_run import evaluate_sets, training_sets
 from rl.evaluate import Evaluation
 from rl.preflight.brief import Ready, before_training
@@ -33,8 +34,8 @@ def run(cfg: DictConfig, overrides: Sequence[str], argv: Sequence[str]) -> Path 
     started = time.perf_counter()
     build.use_threads(cfg.engine.threads)
     mode = resolve_mode(cfg.logger.mode)
-    set_seed(cfg.seed)
     ready = before_training(cfg)
+    set_seed(cfg.seed)
     sets = training_sets(cfg, ready.problems, ready.tokenizer)
     name = cfg.run.name or rundir.run_name(cfg.model.name, cfg.data.name, list(cfg.plugin), cfg.seed)
     rundir.check_free(Path(cfg.run.dir), name, cfg.run.overwrite)
@@ -104,6 +105,11 @@ def _train(cfg, folder, tracker, model, ready: Ready, sets, sampler, started) ->
     start = time.perf_counter()
     trainer.train()
     seconds["train"] = time.perf_counter() - start
+    if problems.size is None and trainer.state.global_step < ready.args.max_steps:
+        raise ConfigError(
+            f"data={cfg.data.name} ended after {trainer.state.global_step} of {ready.args.max_steps} steps: a stream is shorter than one "
+            "rollout takes. Loosen data.filter, or set data.streaming=false."
+        )
     trainer.save_model(str(folder / "checkpoints" / "final"))
     trained = trainer.accelerator.unwrap_model(trainer.model)
     final = str(folder / "checkpoints" / "final")

@@ -286,6 +286,17 @@ def test_a_reward_that_breaks_later_leaves_a_failed_run_that_says_why(tmp_path, 
         (["rollout=foo"], "rollout=foo does not exist"),
         (["trainer.repetition_penalty=1.1"], "rollout=native does not know trainer.repetition_penalty"),
         (["trainer.use_vllm=true"], "contradict each other"),
+        (["seed=-1"], "seed=-1 is no seed"),
+        (["eval.seed=-1"], "eval.seed=-1 is no seed"),
+        (["run.name=1234"], "run.name=1234 is no text"),
+        (["run.name=.."], "run.name=.. is no name of a folder"),
+        (["eval.ks=3"], "eval.ks=3 is no list of whole numbers"),
+        (["eval.samples=two"], "eval.samples=two does not work"),
+        (["eval.before=maybe"], "eval.before=maybe is neither true nor false"),
+        (["trainer.max_steps=1.5"], "trainer.max_steps=1.5 does not work. Expected a whole number."),
+        (["trainer.top_p=2"], "trainer.top_p=2 does not work"),
+        (["engine.threads=-1"], "engine.threads=-1 does not work"),
+        (["data=jsonl", "data.path="], "is no path"),
     ],
     ids=str,
 )
@@ -304,6 +315,25 @@ def test_missing_columns_and_empty_files(tmp_path, capsys):
     rows.write_text("")
     assert "is empty" in fails(capsys, "train", *where)
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_stream_with_the_default_filters_trains(tmp_path):
+    rows = tmp_path / "set.jsonl"
+    rows.write_text("\n".join(f'{{"prompt": "1 2 {i} > 7 :", "answer": "7"}}' for i in range(40)))
+    options = ["data=jsonl", f"data.path={rows}", "data.holdout=4", "data.streaming=true", "eval.before=false"]
+    small = [o for o in SMALL if "count" not in o]
+    assert entrl("train", *small, *options, "eval.after=false", f"run.dir={tmp_path}", "run.name=it") == 0
+    assert len(metrics(tmp_path / "it")) == 2
+
+
+def test_problems_without_labels_are_voted_on(tmp_path):
+    rows = tmp_path / "set.jsonl"
+    rows.write_text("\n".join(f'{{"prompt": "1 2 {i} > 7 :"}}' for i in range(40)))
+    options = ["data=jsonl", f"data.path={rows}", "data.holdout=4", "data.columns.answer=null", "eval.before=false"]
+    options += ["reward=[majority_vote]", "reward.majority_vote.fn.grader=null", "eval.after=false"]
+    small = [o for o in SMALL if "count" not in o]
+    assert entrl("train", *small, *options, f"run.dir={tmp_path}", "run.name=it") == 0
+    assert all("reward/majority_ratio" in line for line in metrics(tmp_path / "it"))
 
 
 def test_an_existing_run_is_not_touched(tmp_path, capsys):

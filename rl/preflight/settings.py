@@ -81,7 +81,20 @@ def check_settings(cfg: DictConfig, section: Section) -> tuple[Pipeline | None, 
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             section.error(f"{key}={value} does not work. Expected a whole number of at least {least}.")
     section.attempt(build.use_threads, cfg.engine.threads)
-    if cfg.run.name is not None:
+    for key in _FLAGS:
+        if not isinstance(value := OmegaConf.select(cfg, key), bool):
+            section.error(f"{key}={value} is neither true nor false.")
+    for key in ("seed", "eval.seed"):
+        value = OmegaConf.select(cfg, key)
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**32:
+            section.error(f"{key}={value} is no seed. Expected a whole number from 0 to 4294967295.")
+    for key in ("run.dir", "run.name", "model.path"):
+        value = OmegaConf.select(cfg, key)
+        if not (isinstance(value, str) and value.strip()) and not (key == "run.name" and value is None):
+            section.error(
+                f"{key}={value} is no text. Expected some, in quotes where it looks like a number: '{key}=\"{value}\"'."
+            )
+    if isinstance(cfg.run.name, str):
         section.attempt(rundir.check_free, Path(cfg.run.dir), cfg.run.name, cfg.run.overwrite)
     if cfg.trainer.get("bf16") and not torch.cuda.is_available():
         section.error("trainer.bf16=true needs a GPU that was not found. Leave it null: on with a GPU, off without.")
@@ -92,6 +105,9 @@ def check_settings(cfg: DictConfig, section: Section) -> tuple[Pipeline | None, 
         section.attempt(build.check_backend, cfg.rollout.backend, args)
         section.attempt(trained_of_group, cfg.rollout.train_share, args)
     return pipeline, args
+
+
+_FLAGS = ("dry_run", "run.overwrite", "eval.before", "eval.after", "eval.greedy")
 
 
 def _check_rewards(cfg: DictConfig, section: Section) -> None:
@@ -170,5 +186,5 @@ def check_plugins(section: Section, pipeline: Pipeline, on_policy: bool) -> None
 
 def model_path(cfg: DictConfig, section: Section) -> tuple[str | None, Any]:
     """Where the model is and its tokenizer, None for what cannot be had."""
-    path = section.attempt(find_model, cfg.model.path)
+    path = section.attempt(find_model, cfg.model.path) if isinstance(cfg.model.path, str) else None
     return path, None if path is None else section.attempt(build.tokenizer, path, cfg.model)

@@ -104,3 +104,10 @@ def test_a_file_without_rates(tmp_path):
     pd.DataFrame({"prompt": ["a"]}).to_parquet(tmp_path / "x.parquet")
     with pytest.raises(DataError, match="cannot be read: .*Expected columns prompt and correct"):
         PassRate(0, 1, rates=str(tmp_path / "x.parquet"))
+
+
+def test_every_pass_over_a_stream_begins_anew():
+    stream = IterableDataset.from_generator(lambda: ({"prompt": p} for p in ("a", "b", "a")))
+    data, dropped = apply(stream, [Duplicates()])
+    for _ in range(3):
+        assert [row["prompt"] for row in data] == ["a", "b"] and dropped == {"duplicates": 1}

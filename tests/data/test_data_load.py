@@ -106,7 +106,7 @@ BAD = [
     {"prompt": "x"},
 ]
 REASONS = [
-    "row 2: answer is null",
+    "rows 2, 14: answer is null",
     "row 3: prompt is empty",
     "row 4: prompt is a int, expected text or messages",
     "row 5: answer is a dict, expected text or a number",
@@ -118,7 +118,6 @@ REASONS = [
     "row 11: prompt holds a lone surrogate",
     "row 12: is a list, expected an object",
     "row 13: is no JSON",
-    "row 14: answer is null",
     "row 15: is not valid UTF-8 (byte 0xff at 12)",
 ]
 
@@ -159,7 +158,7 @@ def test_a_stream_gives_the_same_rows_again_and_again(jsonl, bad, caplog):
     assert table(found, "heldout")["prompt"][:] == ["q0", "q1"]
     with caplog.at_level(logging.WARNING, "entrl.data"):
         assert len(list(table(source(bad, streaming=True, on_bad_row="skip"), "train"))) == 1
-    assert all(reason in caplog.text for reason in REASONS)
+    assert all(reason.split(": ", 1)[1] in caplog.text for reason in REASONS)
 
 
 def test_chats_become_text_for_a_tokenizer_without_a_template(tmp_path):

@@ -71,3 +71,15 @@ def test_a_reward_of_groups_that_breaks_blames_no_single_sample():
 
     with pytest.raises(RewardError, match="raised KeyError: 'x'\\.$"):
         Checked("mine", of_groups)(["p"] * 2, ["a", "b"])
+
+
+def leave(**columns):
+    raise SystemExit
+
+
+def test_checked_takes_arrays_and_stops_at_an_exit():
+    import numpy as np
+
+    assert Checked("mine", lambda **k: np.float32([1, 0]))(["p", "p"], ["a", "b"]) == [1.0, 0.0]
+    with pytest.raises(RewardError, match="reward.mine raised SystemExit"):
+        Checked("mine", leave)(["p"], ["a"])
