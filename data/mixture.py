@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -47,6 +48,10 @@ def mix(sets: Mapping[str, Dataset], weights: Mapping[str, float], seed: int, si
     Raises:
         DataError: as ``order``.
     """
+    if not isinstance(weights, Mapping):
+        raise DataError(f"data.weights={weights} is no map. Expected one, as data.weights.{next(iter(sets))}=3.")
+    if size is not None and not isinstance(size, int):
+        raise DataError(f"data.size={size} is no size. Expected a number above 0, or null for all rows together.")
     weights = {**dict.fromkeys(sets, 1.0), **weights}
     sizes = {name: len(data) for name, data in sets.items()}
     count = sum(sizes.values()) if size is None else size
@@ -70,7 +75,11 @@ def _check(sizes: Mapping[str, int], weights: Mapping[str, float]) -> None:
         raise DataError(
             f"data.weights and data.sets differ in {', '.join(odd)}. Expected weights for: {', '.join(sizes)}."
         )
-    if min(weights.values()) < 0 or sum(weights.values()) <= 0:
+    if (
+        not all(isinstance(w, int | float) and math.isfinite(w) for w in weights.values())
+        or min(weights.values()) < 0
+        or sum(weights.values()) <= 0
+    ):
         raise DataError(
             f"data.weights={dict(weights)} are no shares. Expected numbers of at least 0, one of them above."
         )

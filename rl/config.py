@@ -64,7 +64,9 @@ def _as_hydra(override: str) -> list[str]:
     key, _, value = override.partition("=")
     if key in _SETS:
         names = [name.strip() for name in value.strip("[]'\" ").split(",") if name.strip()]
-        return [f"+data@{key}.{name}={name}" for name in names]
+        if "mixture" in names:
+            raise ConfigError(f"{override}: a mixture cannot be one of several sets. Name the sets that it is made of.")
+        return [f"+data@{key}.{name}={name}" for name in dict.fromkeys(names)]
     return [f"++{override}" if key.startswith(_OPEN) and value else override]
 
 

@@ -45,6 +45,9 @@ def test_the_mixed_set_names_its_sources_and_keeps_the_columns_all_have():
         ({"a": ["x"]}, {"b": 1.0}, "differ in b"),
         ({"a": ["x"]}, {"a": -1.0}, "are no shares"),
         ({"a": ["x"]}, {"a": 0.0}, "are no shares"),
+        ({"a": ["x"]}, {"a": "three"}, "are no shares"),
+        ({"a": ["x"]}, {"a": float("inf")}, "are no shares"),
+        ({"a": ["x"]}, 3, "data.weights=3 is no map"),
         ({"a": ["x"], "b": [[{"role": "user", "content": "x"}]]}, {}, "two kinds .a: text, b: chat."),
     ],
 )

@@ -101,6 +101,7 @@ def test_a_stream_is_filtered_and_has_no_size(files):
         ),
         (["data=jsonl", "data.path={a}", "data.prompt.style=chatt"], "data.prompt.style='chatt' is not known"),
         (["eval.sets=[jsonl2]"], "data=jsonl2 does not exist"),
+        (["eval.sets=[mixture]"], "a mixture cannot be one of several sets"),
         (["data=jsonl", "data.path={a}", "data.holdout=1", "data.grader=null"], "data.grader is not set"),
     ],
     ids=str,
