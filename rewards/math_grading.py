@@ -19,6 +19,14 @@ _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
 _SAID = re.compile(r"(?:^|\n)[ \t*#>]*(?:the\s+)?(?:final\s+)?answer[ \t*]*[:=][ \t*]*([^\n]+)", re.IGNORECASE)
 
 
+_SCALE = re.compile(r"(?:hundred|thousand|million|billion|trillion|dozen)s?\b", re.IGNORECASE)
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+# a number and words behind it that do not change its value
+_NUMBER_AND_UNIT = re.compile(
+    rf"({_NUMBER.pattern})\s+(?!(?:or|and|to|mod|times|plus|minus|squared|cubed|pi|factorial)\b)[A-Za-z]{{2,}}(?: [A-Za-z]+)*"
+)
+
+
 class Grade(NamedTuple):
     """1.0 for a right answer, else 0.0; whether there was an answer that could be read."""
 
@@ -48,6 +56,10 @@ def grade(gold: str, text: str, strict: bool = False) -> Grade:
     gold = _joined(gold)
     answer = extract(text, strict)
     if answer is not None:
+        if bool(_SCALE.search(answer)) != bool(_SCALE.search(gold)):
+            return Grade(0.0, True)  # math-verify takes the words of 18 thousand for a unit
+        if _NUMBER.fullmatch(gold) and (number := _NUMBER_AND_UNIT.fullmatch(answer)):
+            answer = number[1]
         if spelling(answer) == spelling(gold):
             return Grade(1.0, True)
         found = read_alone(answer)

@@ -32,6 +32,8 @@ RIGHT = [
     ("2$, $3", r"\boxed{2, 3}"),
     ("f(n)=n$, $g(n)=1", r"\boxed{f(n)=n, g(n)=1}"),
     ("5", r"\boxed{5 \text{ cm}}"),
+    ("5", "Answer: 5 dollars"),
+    ("1000", r"\boxed{1,000 apples}"),
     ("5", r"so $x = 5$"),
     ("4", r"first \boxed{3}, no: \boxed{4}"),
 ]
@@ -45,6 +47,11 @@ WRONG = [
     ("x+1", r"\boxed{x-1}"),
     ("3", r"first \boxed{3}, no: \boxed{4}"),
     ("Navin", r"\boxed{\text{Evelyn}}"),
+    ("18", r"\boxed{18 \text{ thousand}}"),
+    ("3", r"\boxed{3 or 4}"),
+    ("3", "Answer: 3 squared"),
+    ("5", r"\boxed{5!}"),
+    ("1e-12", r"\boxed{2e-12}"),
     ("27", "Answer: 28, as 27 is too small"),
 ]
 
