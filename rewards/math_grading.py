@@ -19,6 +19,7 @@ _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
 _SAID = re.compile(r"(?:^|\n)[ \t*#>]*(?:the\s+)?(?:final\s+)?answer[ \t*]*[:=][ \t*]*([^\n]+)", re.IGNORECASE)
 
 
+_TINY = 1e-3
 _SCALE = re.compile(r"(?:hundred|thousand|million|billion|trillion|dozen)s?\b", re.IGNORECASE)
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 # a number and words behind it that do not change its value
@@ -62,6 +63,10 @@ def grade(gold: str, text: str, strict: bool = False) -> Grade:
             answer = number[1]
         if spelling(answer) == spelling(gold):
             return Grade(1.0, True)
+        if (small := _float(gold)) is not None and abs(small) < _TINY and (other := _float(answer)) is not None:
+            return Grade(
+                float(small == other), True
+            )  # math-verify rounds to six decimals, which leaves nothing of 1e-7
         found = read_alone(answer)
     else:
         found = () if strict else _parse(text[-_TAIL:])
@@ -74,6 +79,8 @@ def canonical(text: str, strict: bool = False) -> str | None:
     answer = extract(text, strict)
     if answer is None and strict:
         return None
+    if answer is not None and re.fullmatch(r"[a-z]{3,}", word := spelling(answer)):
+        return word  # math-verify would read a product of letters
     found = _parse(text[-_TAIL:]) if answer is None else read_alone(answer)
     if found:
         return str(found[0])
@@ -129,6 +136,7 @@ def spelling(answer: str) -> str:
     text = _WRAPPED.sub(r"\1", answer)
     text = re.sub(r"\\[dtc]frac", r"\\frac", text)
     text = _DEGREES.sub("", text).replace("\\%", "").replace("%", "")
+    text = re.sub(r"(?<=\d) +(?=\d)", "_", text)  # 1 2 is not 12
     text = _DROPPED.sub("", text)
     text = text.replace("−", "-").replace("\\cdot", "\\times").rstrip(".")
     text = _SHORT.sub(_whole_fraction, text)
@@ -142,7 +150,20 @@ def spelling(answer: str) -> str:
         text = text.split(".")[0]
     if re.fullmatch(r"-?\.\d+", text):
         text = text.replace(".", "0.")
-    return text.lower() if text.isalpha() and len(text) > 1 else text
+    return text.lower() if text.isalpha() and len(text) > 2 else text
+
+
+def _float(answer: str) -> float | None:
+    """The value of a plain or a scientific number."""
+    try:
+        return float(spelling(answer))
+    except ValueError:
+        return None
+
+
+def is_read(gold: str) -> bool:
+    """Whether math-verify makes more than a string of an answer."""
+    return any(not isinstance(found, str) for found in read_alone(gold))
 
 
 def _whole_fraction(match: re.Match) -> str:

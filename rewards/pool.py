@@ -23,6 +23,7 @@ from pebble import ProcessExpired, ProcessPool
 Failure = Literal["timeout", "died", "raised"]
 
 _CHUNK = 16  # samples a message to a worker; one that fails is done again sample by sample
+_GRACE = 5.0  # seconds behind the timeout
 _MEMORY = 4 << 30  # bytes of address space of a worker
 _PRELOAD = "rewards.math_grading"  # imported once, so that a replaced worker starts in milliseconds
 
@@ -63,12 +64,21 @@ def _gather(
     work: Callable[[list], list], chunks: list[list], timeout: float, workers: int | None
 ) -> list[list | Failed]:
     pool = _pool(workers or _share())
-    futures = [pool.schedule(work, args=[chunk], timeout=timeout) for chunk in chunks]
+    futures = [pool.schedule(_limited, args=[work, chunk, timeout], timeout=timeout) for chunk in chunks]
     try:
         return [_result(future, len(chunk)) for future, chunk in zip(futures, chunks, strict=True)]
     except BaseException:  # Ctrl-C: what is under way must not go on behind our back
         stop()
         raise
+
+
+def _limited(work: Callable[[list], list], chunk: list, timeout: float) -> list:
+    """The kernel ends a worker that is stuck, should the parent no longer be there to do it."""
+    signal.setitimer(signal.ITIMER_REAL, timeout + _GRACE)
+    try:
+        return work(chunk)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _result(future, count: int) -> list | Failed:
@@ -119,6 +129,7 @@ class _Context(ForkServerContext):
 
 def _prepare() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # acts inside C code too, where no handler of Python's runs
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with contextlib.suppress(OSError):  # when memory runs out, this goes first and not the training

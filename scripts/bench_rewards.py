@@ -15,7 +15,7 @@ import sys
 import time
 
 from rewards.math_answer import final_answers, math_answer
-from rewards.math_grading import read_alone
+from rewards.math_grading import is_read
 
 ENDLESS = r"\boxed{9^{9^{9^{9^{9}}}}}"
 STEP = r"Since ${a}x + {b} = {c}$, we have $x = \frac{{{c} - {b}}}{{{a}}}$, which we put into $\sqrt{{x^2 + {b}}}$. "
@@ -54,7 +54,7 @@ def golds_of(path: str) -> None:
     import pandas as pd
 
     found = list(dict.fromkeys(row["ground_truth"] for row in pd.read_parquet(path)["reward_model"]))
-    unread = sum(not read_alone(gold) for gold in found)
+    unread = sum(not is_read(gold) for gold in found)
     boxes = [rf"\boxed{{{gold}}}" for gold in found]
     own = math_answer([""] * len(found), boxes, found, timeout=20)
     other = math_answer([""] * len(found), boxes[1:] + boxes[:1], found, timeout=20)

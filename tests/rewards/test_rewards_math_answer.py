@@ -52,6 +52,8 @@ WRONG = [
     ("3", "Answer: 3 squared"),
     ("5", r"\boxed{5!}"),
     ("1e-12", r"\boxed{2e-12}"),
+    ("0.0000001", r"\boxed{0.0000002}"),
+    ("12", r"\boxed{1 2}"),
     ("27", "Answer: 28, as 27 is too small"),
 ]
 
@@ -98,6 +100,7 @@ def test_a_spelling_never_makes_two_answers_one():
 def test_the_answer_of_each_text_in_one_spelling():
     texts = [r"first 3, then \boxed{42}", "it is 42", "no answer", r"\boxed{\text{Blue}}", ""]
     assert final_answers(texts) == ["42", "42", None, "blue", None]
+    assert final_answers([r"\boxed{east}", r"\boxed{East}", r"\boxed{\text{east}}"]) == ["east"] * 3
 
 
 def test_chats_numbers_as_golds_and_threads():

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from rewards.math_answer import math_answer
-from rewards.math_grading import read_alone
+from rewards.math_grading import is_read
 from rewards.selfcheck import SPELLINGS
 
 SHARED = Path(__file__).parents[3] / "shared" / "datasets"
@@ -62,5 +62,5 @@ def test_another_rows_gold_scores_zero_unless_equal(name):
 @pytest.mark.parametrize("name", SETS)
 def test_share_that_math_verify_does_not_read(name):
     found = golds(name)
-    unread = [gold for gold in found if not read_alone(gold)]
+    unread = [gold for gold in found if not is_read(gold)]
     assert len(unread) < 0.01 * len(found) if name in MUST_PARSE else len(unread) < 0.05 * len(found)
