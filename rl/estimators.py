@@ -70,4 +70,6 @@ def bootstrap_interval(
     means = (weights @ values + always) / (weights.sum(1) + never + always)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     # as Brown, Cai and DasGupta recommend: an end is open only where something was seen there
-    return (0.0 if not values.any() else float(low)), (1.0 if (values == 1).all() else float(high))
+    low, high = 0.0 if not values.any() else low, 1.0 if (values == 1).all() else high
+    # values that almost agree and almost reach 0 or 1 are pulled past their own mean
+    return float(min(low, values.mean())), float(max(high, values.mean()))

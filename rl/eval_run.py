@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from rl.evaluate import Evaluation, Kept, evaluate
 from rl.paths import find_model
 from rl.problems import Problems, problem_sets
 from rl.quiet import quiet
-from rl.samples import model_fact
+from rl.samples import base_of_adapters, model_fact
 
 ENGINES = ("native", *harness.ENGINES)
 
@@ -53,9 +54,9 @@ def run_eval(target: str | None, cfg: DictConfig, out: str | None, overrides: Se
     )
     if cfg.eval.engine != "native":
         return _elsewhere(cfg, path, folder, overrides)
-    tokenizer = build.tokenizer(path, cfg.model)
+    tokenizer = build.tokenizer(_with_tokenizer(path), cfg.model)
     build.decoding(cfg)
-    sets = limited(problem_sets(cfg, tokenizer), cfg.eval.limit)
+    sets = limited(_distinct(cfg, tokenizer), cfg.eval.limit)
     for name, problems in sets.items():
         prompt = tokenizer.decode(prompt_ids(tokenizer, problems.heldout[0]["prompt"]))
         show_problems(name, len(problems.heldout), prompt, problems.answers, problems.strict_answers)
@@ -106,11 +107,9 @@ def evaluate_sets(
             seed=cfg.eval.seed,
             strict_grader=problems.strict_grader,
             strict_answers=problems.strict_answers,
-            kept=Kept(folder, names[name], weights),
+            kept=Kept(folder, names[name], weights, lambda note, name=name: print(f"samples   {names[name]}: {note}")),
             progress=drawing,
         )
-        for note in found[name].notes:
-            print(f"samples   {names[name]}: {note}")
         print(f"drawn     {names[name]}: {drawing.summary(time.perf_counter() - start)}")
     return found
 
@@ -121,7 +120,19 @@ def training_sets(cfg: DictConfig, problems: Problems, tokenizer: PreTrainedToke
     The first is the run's main set.
     """
     several = cfg.eval.sets or "sets" in cfg.data
-    return limited(problem_sets(cfg, tokenizer) if several else {problems.name: problems}, cfg.eval.limit)
+    return limited(_distinct(cfg, tokenizer) if several else {problems.name: problems}, cfg.eval.limit)
+
+
+def _distinct(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Problems]:
+    """The configuration's sets; results go by their names, so two of one name are refused rather than one left out."""
+    group, nodes = ("eval.sets", cfg.eval.sets) if cfg.eval.sets else ("data.sets", cfg.data.get("sets", {}))
+    names = Counter(node.name for node in nodes.values())
+    if twice := next((name for name, count in names.items() if count > 1), None):
+        keys = [f"{group}.{key}" for key, node in nodes.items() if node.name == twice]
+        raise ConfigError(
+            f"{' and '.join(keys)} are all named {twice}, and results go by name. Name the others: {keys[-1]}.name=..."
+        )
+    return problem_sets(cfg, tokenizer)
 
 
 def limited(sets: Mapping[str, Problems], limit: int | None) -> dict[str, Problems]:
@@ -172,6 +183,12 @@ def _elsewhere(cfg: DictConfig, path: str, folder: Path, overrides: Sequence[str
     rundir.write_json(written, metrics)
     print(f"metrics: {written}; what the harness wrote: {job.output}")
     return {e.engine: metrics}
+
+
+def _with_tokenizer(path: str) -> str:
+    """Where the tokenizer of a model is: adapters that were saved without one have that of their base model."""
+    base = base_of_adapters(path)
+    return path if base is None or (Path(path) / "tokenizer_config.json").is_file() else base
 
 
 def _plain(name: str) -> str:

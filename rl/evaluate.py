@@ -25,15 +25,10 @@ Answers = Callable[[list[str]], list[str | None]]
 @dataclass(frozen=True)
 class Evaluation:
     """Metrics by name, and every sample: problem, sample, prompt, completion, answer, correct, tokens, truncated,
-    mean_entropy and token_entropy (nats); strict_answer and strict_correct where there are strict graders.
-
-    Attributes:
-        notes: what a person should know about samples that were on disk already.
-    """
+    mean_entropy and token_entropy (nats); strict_answer and strict_correct where there are strict graders."""
 
     metrics: dict[str, float]
     samples: pd.DataFrame
-    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -42,15 +37,20 @@ class Kept:
 
     Attributes:
         model: what tells the model from others (:func:`rl.samples.model_fact`, dtype, ...); must be JSON.
+        say: is told what a person should know about samples on disk, before any is drawn.
     """
 
     folder: Path
     name: str
     model: Mapping[str, Any]
+    say: Callable[[str], None]
 
     def store(self, suffix: str, facts: Mapping[str, Any]) -> Store:
-        """For the samples that ``facts`` and the model determine."""
-        return Store(self.folder / f"{self.name}{suffix}.parquet", {"model": self.model, **facts})
+        """For the samples that ``facts`` and the model determine, made ready."""
+        store = Store(self.folder / f"{self.name}{suffix}.parquet", {"model": self.model, **facts})
+        if note := store.prepare():
+            self.say(note)
+        return store
 
 
 def evaluate(
@@ -91,15 +91,11 @@ def evaluate(
     check_ks(ks, samples)
     prompts = [prompt_ids(tokenizer, row["prompt"]) for row in rows]
     facts = {"prompts": fingerprint(prompts), "end of text": end_ids(model, tokenizer)}
-    notes: list[str] = []
 
     def graded(decoding: Decoding, samples: int, suffix: str) -> pd.DataFrame:
         random = {"samples": samples, "seed": seed} if decoding.temperature > 0 else {}
         facts_here = {**facts, **random, **asdict(decoding)}
         store = kept.store(suffix, facts_here) if kept else None
-        note = store.prepare() if store else None
-        if note:
-            notes.append(note)
         frame = store.finished() if store else None
         if frame is None:
             frame = draw(model, tokenizer, prompts, decoding, samples, seed, store, progress)
@@ -110,7 +106,7 @@ def evaluate(
 
     frame = graded(decoding, samples, "")
     once = graded(decoding.greedy(), 1, "_greedy") if greedy else None
-    return Evaluation(summary(frame, once, samples, ks, seed), frame, tuple(notes))
+    return Evaluation(summary(frame, once, samples, ks, seed), frame)
 
 
 def check_ks(ks: Sequence[int], samples: int) -> None:

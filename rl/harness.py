@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rl.errors import ConfigError
+from rl.samples import base_of_adapters
 
 ENGINES = ("lm_eval", "lighteval")
 _INSTALL = {"lm_eval": "pip install 'entrl[eval]'", "lighteval": "pip install lighteval"}
@@ -74,7 +75,7 @@ def _lm_eval(job: Job) -> list[str]:
 
 
 def _lm_eval_model(job: Job) -> dict[str, Any]:
-    base = _base_of(job.model)
+    base = base_of_adapters(job.model)
     found: dict[str, Any] = {"pretrained": job.model if base is None else base}
     if base is not None:
         found["peft"] = job.model
@@ -89,7 +90,7 @@ def _lm_eval_model(job: Job) -> dict[str, Any]:
 
 
 def _lighteval(job: Job) -> list[str]:
-    if _base_of(job.model) is not None:
+    if base_of_adapters(job.model) is not None:
         raise ConfigError(
             f"{job.model} holds adapters, which lighteval merges in half precision. Merge them yourself and save the model "
             "(peft's merge_and_unload, save_pretrained), or take eval.engine=lm_eval."
@@ -110,12 +111,6 @@ def _lighteval(job: Job) -> list[str]:
     words += ["--output-dir", str(job.output), "--save-details"]
     words += [] if job.limit is None else ["--max-samples", str(job.limit)]
     return [*words, *job.words]
-
-
-def _base_of(model: str) -> str | None:
-    """The base model of a folder with adapters, None where a model is whole."""
-    config = Path(model) / "adapter_config.json"
-    return json.loads(config.read_text())["base_model_name_or_path"] if config.is_file() else None
 
 
 def _pairs(values: Mapping[str, Any]) -> str:

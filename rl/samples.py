@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 _KEY = b"entrl"  # of the parquet's own metadata
+_BROKEN = "the file is broken"
 
 
 class Store:
@@ -32,26 +33,31 @@ class Store:
     def prepare(self) -> str | None:
         """Make way for these samples: finished ones of other facts are moved aside, parts of other facts deleted.
 
+        Of parts that are broken each is drawn again, the others stay.
+
         Returns:
             What a person should know about samples that were found, None where there were none.
         """
         if self.path.is_file():
-            differing = self._differing(self.path)
-            if not differing:
+            reason = self._unfit(self.path)
+            if not reason:
                 return f"reused from {self.path}; delete it to draw again"
             number = 1
             while (aside := self.path.with_name(f"{self.path.stem}.old-{number}.parquet")).exists():
                 number += 1
             self.path.rename(aside)
-            return f"drawn anew ({_and(differing)} changed); the old ones are {aside}"
+            return f"drawn anew ({reason}); the old ones are {aside}"
         found = sorted(self.parts.glob("part_*.parquet")) if self.parts.is_dir() else []
         if not found:
             return None
-        differing = next(filter(None, map(self._differing, found)), [])
-        if differing:
+        reasons = [self._unfit(path) for path in found]
+        other = next((reason for reason in reasons if reason and reason != _BROKEN), None)
+        if other:
             shutil.rmtree(self.parts)
-            return f"drawn anew ({_and(differing)} changed); {len(found)} old parts in {self.parts} were deleted"
-        return f"resumed: {len(found)} parts were in {self.parts}"
+            return f"drawn anew ({other}); {len(found)} old parts in {self.parts} were deleted"
+        broken = reasons.count(_BROKEN)
+        again = f", {broken} more are broken and drawn again" if broken else ""
+        return f"resumed: {len(found) - broken} parts were in {self.parts}{again}"
 
     def finished(self) -> pd.DataFrame | None:
         """The whole table, None while there is none of these facts."""
@@ -73,18 +79,19 @@ class Store:
     def _part(self, number: int) -> Path:
         return self.parts / f"part_{number:04}.parquet"
 
-    def _differing(self, path: Path) -> list[str]:
-        """The names of facts that are others in a file."""
+    def _unfit(self, path: Path) -> str | None:
+        """Why a file does not hold these samples; None if it does."""
         try:
             facts = json.loads((pq.read_schema(path).metadata or {})[_KEY])
         except KeyError:
-            return ["the version of entrl"]
+            return "the version of entrl changed"
         except (pa.ArrowException, OSError):
-            return ["nothing, but a file is broken,"]
-        return sorted(k for k in {*facts, *self.facts} if facts.get(k) != self.facts.get(k))
+            return _BROKEN
+        differing = sorted(k for k in {*facts, *self.facts} if facts.get(k) != self.facts.get(k))
+        return f"{_and(differing)} changed" if differing else None
 
     def _read(self, path: Path) -> pd.DataFrame | None:
-        return pd.read_parquet(path) if path.is_file() and not self._differing(path) else None
+        return pd.read_parquet(path) if path.is_file() and self._unfit(path) is None else None
 
     def _write(self, path: Path, samples: pd.DataFrame) -> None:
         table = pa.Table.from_pandas(samples, preserve_index=False)
@@ -114,7 +121,11 @@ def model_fact(path: str, commit: str | None) -> Any:
         return {"hub": path, "commit": commit}
     names = sorted(p for pattern in ("*.safetensors", "*.bin", "*config.json") for p in folder.glob(pattern))
     files = {p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in names}
-    adapters = folder / "adapter_config.json"
-    if adapters.is_file():
-        files["base"] = model_fact(json.loads(adapters.read_text())["base_model_name_or_path"], commit)
-    return files
+    base = base_of_adapters(path)
+    return files if base is None else {**files, "base": model_fact(base, commit)}
+
+
+def base_of_adapters(path: str) -> str | None:
+    """The base model of a folder with adapters, None where a model is whole."""
+    config = Path(path) / "adapter_config.json"
+    return json.loads(config.read_text())["base_model_name_or_path"] if config.is_file() else None

@@ -377,6 +377,26 @@ def test_several_sets_before_and_after_training_and_by_entrl_eval(tmp_path, caps
     assert {"easy_t1_n2.json", "hard_t1_n2.json"} <= {p.name for p in (folder / "eval").iterdir()}
 
 
+@pytest.mark.parametrize("verb", ["eval", "train"])
+def test_sets_of_one_name_are_refused(tmp_path, capsys, verb):
+    same = [word.replace("name: hard", "name: easy") for word in TWO]
+    sentence = fails(capsys, verb, *same, "dry_run=true")
+    assert "eval.sets.easy and eval.sets.hard are all named easy" in sentence and "eval.sets.hard.name=..." in sentence
+
+
+def test_adapters_without_a_tokenizer_have_that_of_their_base_model(tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from rl.paths import find_model
+
+    base = AutoModelForCausalLM.from_pretrained(find_model("builtin:countdown"))
+    get_peft_model(base, LoraConfig(r=2, target_modules="all-linear")).save_pretrained(tmp_path / "adapters")
+    assert not (tmp_path / "adapters" / "tokenizer_config.json").exists()
+    small = ["eval.samples=2", "eval.ks=[1]", "data.heldout.count=4", f"--out={tmp_path / 'out'}"]
+    assert entrl("eval", str(tmp_path / "adapters"), *small) == 0
+
+
 def test_entrl_eval_takes_all_problems_unless_told(tmp_path, capsys):
     small = ["eval", "builtin:countdown", "data.heldout.count=205", "dry_run=true"]
     assert entrl(*small) == 0 and "countdown, 205 problems" in capsys.readouterr().out

@@ -136,5 +136,8 @@ def test_extremes_are_one_sided_and_not_empty():
     assert low == 0.0 and 0.05 < high < 0.12  # the rule of three says 0.1
     low, high = bootstrap_interval([1.0] * 30, seed=0)
     assert high == 1.0 and 0.88 < low < 0.95
+    for values in ([1.0] * 99 + [pass_at_k(16, 8, 8)], [0.999] * 50, [0.0] * 29 + [1e-4]):
+        low, high = bootstrap_interval(values, seed=0)
+        assert low <= np.mean(values) <= high  # nearer to an end than the interval reaches by itself
     low, high = bootstrap_interval([0.5], seed=0)
     assert 0 < low < 0.5 < high < 1

@@ -26,9 +26,10 @@ def folder(tmp_path_factory):
     return save_model(tmp_path_factory.mktemp("m"))
 
 
-def run(model_folder, out, progress=None, rows=ROWS, grader=solved, **changes):
+def run(model_folder, out, progress=None, rows=ROWS, grader=solved, notes=None, **changes):
     options = {"max_new_tokens": 8, "batch_size": 8, **changes}
     seed, samples = options.pop("seed", 0), options.pop("samples", 4)
+    facts = {"files": model_fact(str(model_folder), None)}
     return evaluate(
         AutoModelForCausalLM.from_pretrained(model_folder),
         countdown.tokenizer(),
@@ -39,7 +40,7 @@ def run(model_folder, out, progress=None, rows=ROWS, grader=solved, **changes):
         samples=samples,
         ks=(1,),
         seed=seed,
-        kept=None if out is None else Kept(Path(out), "it", {"files": model_fact(str(model_folder), None)}),
+        kept=None if out is None else Kept(Path(out), "it", facts, ([] if notes is None else notes).append),
         progress=progress,
     )
 
@@ -68,10 +69,10 @@ def test_killed_after_the_second_batch_it_ends_bit_for_bit_as_undisturbed(folder
     assert subprocess.run(words, env=environment, timeout=120).returncode == -signal.SIGKILL
     parts = sorted(p.name for p in (tmp_path / "killed" / "it.parts").iterdir())
     assert parts == ["part_0000.parquet", "part_0001.parquet"]
-    drawn = []
-    resumed = run(folder, tmp_path / "killed", drawn.append)
-    assert [d.samples for d in drawn] == [0, 0, 8, 6]  # two were there, one was drawn, and the greedy ones
-    assert resumed.notes == (f"resumed: 2 parts were in {tmp_path / 'killed' / 'it.parts'}",)
+    said = []
+    resumed = run(folder, tmp_path / "killed", lambda drawn: said.append(drawn.samples), notes=said)
+    # known before anything is drawn; two were there, one was drawn, and the greedy ones
+    assert said == [f"resumed: 2 parts were in {tmp_path / 'killed' / 'it.parts'}", 0, 0, 8, 6]
     whole = run(folder, tmp_path / "whole")
     plain = run(folder, None)
     for other in (whole, plain):
@@ -88,9 +89,10 @@ def test_finished_samples_are_graded_again_and_not_drawn_again(folder, tmp_path)
         calls.append(len(completions))
         return [1.0] * len(completions)
 
-    again = run(folder, tmp_path, nothing_is_drawn, grader=other)
+    notes = []
+    again = run(folder, tmp_path, nothing_is_drawn, grader=other, notes=notes)
     assert calls == [24, 6] and again.metrics["pass@1"] == 1.0 != first.metrics["pass@1"]
-    assert all("reused" in note for note in again.notes) and len(again.notes) == 2
+    assert all("reused" in note for note in notes) and len(notes) == 2
     pd.testing.assert_frame_equal(first.samples[DRAWN], again.samples[DRAWN], check_exact=True)
     assert pd.read_parquet(tmp_path / "it.parquet")["correct"].all()  # what a filter would read
 
@@ -110,19 +112,24 @@ def test_finished_samples_are_graded_again_and_not_drawn_again(folder, tmp_path)
 )
 def test_other_samples_are_never_taken_for_these(folder, tmp_path, change, what):
     old = run(folder, tmp_path).samples
-    new = run(folder, tmp_path, **change)
-    assert f"drawn anew ({what} changed)" in new.notes[0]
+    notes = []
+    new = run(folder, tmp_path, notes=notes, **change)
+    assert f"drawn anew ({what} changed)" in notes[0]
     pd.testing.assert_frame_equal(new.samples, run(folder, None, **change).samples, check_exact=True)
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "it.old-1.parquet"), old)
 
 
 def test_another_model_in_the_folder_is_noticed(folder, tmp_path):
     ours = save_model(tmp_path / "model")
-    run(ours, tmp_path / "out")
-    assert "reused" in run(ours, tmp_path / "out").notes[0]
+    notes = []
+    run(ours, tmp_path / "out", notes=notes)
+    assert not notes
+    run(ours, tmp_path / "out", notes=notes)
+    assert "reused" in notes[0]
     weights = next(ours.glob("*.safetensors"))
     os.utime(weights, ns=(0, weights.stat().st_mtime_ns + 1))
-    assert "(model changed)" in run(ours, tmp_path / "out").notes[0]
+    run(ours, tmp_path / "out", notes=notes)
+    assert "(model changed)" in notes[2]
 
 
 def test_parts_of_other_samples_are_deleted(folder, tmp_path):
@@ -132,7 +139,8 @@ def test_parts_of_other_samples_are_deleted(folder, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(folder, tmp_path, stop, seed=1)
     assert (tmp_path / "it.parts" / "part_0000.parquet").is_file()
-    notes = run(folder, tmp_path, seed=2).notes
+    notes = []
+    run(folder, tmp_path, seed=2, notes=notes)
     assert "seed changed" in notes[0] and "1 old parts" in notes[0] and "deleted" in notes[0]
     assert not (tmp_path / "it.parts").exists()
 
@@ -143,19 +151,28 @@ def test_a_grader_that_fails_costs_no_samples(folder, tmp_path):
 
     with pytest.raises(ZeroDivisionError):
         run(folder, tmp_path, grader=broken)
-    drawn = []
-    assert "resumed: 3 parts" in run(folder, tmp_path, drawn.append).notes[0]
-    assert [d.samples for d in drawn] == [0, 0, 0, 6]
+    drawn, notes = [], []
+    run(folder, tmp_path, drawn.append, notes=notes)
+    assert "resumed: 3 parts" in notes[0] and [d.samples for d in drawn] == [0, 0, 0, 6]
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1 and no more"])
-def test_a_broken_part_is_drawn_again(folder, tmp_path, content):
+def test_a_broken_part_is_drawn_again_and_the_others_stay(tmp_path, content):
     store = Store(tmp_path / "it.parquet", {"a": 1})
     frame = pd.DataFrame({"problem": [0], "token_entropy": [[0.5, 0.25]]})
     store.keep(0, frame)
     assert store.part(0)["token_entropy"][0].tolist() == [0.5, 0.25] and store.part(1) is None
+    store.keep(1, frame), store.keep(2, frame)
     store.parts.joinpath("part_0000.parquet").write_bytes(content)
-    assert store.part(0) is None
+    assert "resumed: 2 parts" in (said := store.prepare()) and "1 more are broken" in said
+    assert [store.part(i) is not None for i in range(3)] == [False, True, True]
+
+
+def test_a_broken_table_is_moved_aside(tmp_path):
+    store = Store(tmp_path / "it.parquet", {"a": 1})
+    store.path.write_bytes(b"PAR1 and no more")
+    assert store.finished() is None and "drawn anew (the file is broken)" in store.prepare()
+    assert (tmp_path / "it.old-1.parquet").is_file() and not store.path.exists()
 
 
 def test_a_table_of_an_older_version_is_moved_aside(tmp_path):
