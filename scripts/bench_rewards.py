@@ -1,4 +1,4 @@
-"""How fast maths answers are graded: 10,000 realistic completions, an endless expression and a worker killer among them.
+"""How fast maths answers are graded: 10,000 realistic completions, two endless expressions among them, and a worker killed on the way.
 
     python scripts/bench_rewards.py [--count 10000] [--workers 2]
     python scripts/bench_rewards.py --golds math500.parquet ...      # how many gold answers of sets in verl's layout are read
@@ -10,8 +10,12 @@ is the expected one, in order.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import os
 import random
+import signal
 import sys
+import threading
 import time
 
 from rewards.math_answer import final_answers, math_answer
@@ -49,6 +53,13 @@ def sample(rng: random.Random) -> tuple[str, str, float]:
     return answer, working + form.format(final), float(right)
 
 
+def kill_a_worker() -> None:
+    """As the kernel does when memory runs out."""
+    for worker in multiprocessing.active_children()[:1]:
+        print(f"killed worker {worker.pid}")
+        os.kill(worker.pid, signal.SIGKILL)
+
+
 def golds_of(path: str) -> None:
     """Print what is read of a set's distinct gold answers, and what they score in a box."""
     import pandas as pd
@@ -79,6 +90,7 @@ def main() -> int:
     for position in (args.count // 3, args.count // 2):
         texts[position], expected[position] = ENDLESS, 0.0
     math_answer([""], ["1"], ["1"], workers=args.workers)  # workers start once a run
+    threading.Timer(3.0, kill_a_worker).start()
     start = time.perf_counter()
     scores = math_answer([""] * args.count, texts, golds, workers=args.workers)
     seconds = time.perf_counter() - start

@@ -9,6 +9,8 @@ import threading
 
 import pytest
 
+from rewards import pool
+from rewards.errors import RewardError
 from rewards.math_answer import final_answers, math_answer
 from rewards.math_grading import extract, grade, spelling
 from rewards.pool import Failed, run
@@ -158,6 +160,70 @@ def test_order_is_kept_and_nothing_lost_whatever_happens_to_a_worker(fault, why,
     samples = [*range(40), fault, *range(40, 70), fault, 70]
     found = run(work, samples, timeout=1.0)
     assert [r.why if isinstance(r, Failed) else r for r in found] == [why if s == fault else s for s in samples]
+
+
+def leave():
+    os._exit(1)
+
+
+@pytest.fixture
+def fresh_pool(monkeypatch):
+    """Workers that see this file."""
+    monkeypatch.syspath_prepend(__file__.rpartition("/")[0])
+    pool.stop()
+    yield
+    pool.stop()
+
+
+def test_a_pool_that_breaks_while_samples_wait_for_room_is_remade(fresh_pool):
+    assert run(work, [0], timeout=5.0, workers=1) == [0]
+    (worker,) = pool._pools[1]._pool_manager.worker_manager.workers
+    os.kill(worker, signal.SIGSTOP)  # takes nothing, so the pipe of 64 KiB fills
+    threading.Timer(1.0, os.kill, (worker, signal.SIGKILL)).start()
+    samples = [str(i).rjust(2_000) for i in range(500)]
+    found = []
+    thread = threading.Thread(target=lambda: found.extend(run(work, samples, timeout=5.0, workers=1)), daemon=True)
+    thread.start()
+    thread.join(60)  # a hang guard
+    assert found == samples
+
+
+def test_idle_workers_that_were_killed_cost_no_sample(fresh_pool):
+    assert run(work, [0], timeout=5.0, workers=2) == [0]
+    for worker in list(pool._pools[2]._pool_manager.worker_manager.workers):
+        os.kill(worker, signal.SIGKILL)
+    assert run(work, list(range(50)), timeout=5.0, workers=2) == list(range(50))
+
+
+def test_a_sample_that_breaks_every_pool_costs_itself_only(fresh_pool, monkeypatch):
+    def breaks_at_poison(work, chunks, timeout, workers):
+        good = next((i for i, chunk in enumerate(chunks) if "poison" in chunk), len(chunks))
+        return [work(chunk) for chunk in chunks[:good]] + [None] * (len(chunks) - good)
+
+    monkeypatch.setattr(pool, "_round", breaks_at_poison)
+    samples = [*range(20), "poison", *range(20, 50)]
+    found = run(work, samples, timeout=5.0, workers=1)
+    assert [r.why if isinstance(r, Failed) else r for r in found] == ["died" if s == "poison" else s for s in samples]
+
+
+def test_workers_that_cannot_start_are_an_error_and_not_a_zero(fresh_pool, monkeypatch):
+    monkeypatch.setattr(pool, "_prepare", leave)
+    with pytest.raises(RewardError, match="could not be started"):
+        math_answer(["p"], [r"\boxed{4}"], ["4"], workers=1)
+
+
+@pytest.mark.parametrize("wrong", [{"timeout": 0}, {"timeout": float("nan")}, {"workers": 0}, {"workers": -1}])
+def test_settings_that_do_not_work_are_refused(wrong):
+    with pytest.raises(RewardError, match=f"{next(iter(wrong))}=.* does not work"):
+        math_answer(["p"], ["4"], ["4"], **wrong)
+
+
+def test_a_limit_on_memory_that_is_already_there_stays():
+    limited = "import resource as r; r.setrlimit(r.RLIMIT_AS, (3 << 30, 3 << 30)); from rewards import pool; pool._prepare(); "
+    done = subprocess.run(
+        [sys.executable, "-c", limited + "print(r.getrlimit(r.RLIMIT_AS))"], capture_output=True, text=True
+    )
+    assert done.stdout == f"({3 << 30}, {3 << 30})\n", done.stderr
 
 
 SCRIPT = """
