@@ -178,7 +178,8 @@ class Decontaminate:
         if not isinstance(n, int) or n < 1:
             raise DataError(f"data.filter.ngram={n} is no length. Expected a number above 0; 13 is usual.")
         self.n, self._owner = n, {}
-        counts = Counter(gram for prompt in sample for gram in self._grams(prompt))
+        distinct = {frozenset(self._grams(prompt)) for prompt in sample}  # a problem that is there often is no phrase
+        counts = Counter(gram for grams in distinct for gram in grams)
         for name, prompts in sets.items():
             problems = [self._grams(prompt) for prompt in prompts]
             own = _instruction(problems)

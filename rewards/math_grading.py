@@ -17,9 +17,7 @@ _TAIL = 10_000  # characters at the end of a text that are read: an answer stand
 _LONGEST = 2_000  # characters of an answer
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
 _SAID = re.compile(r"(?:^|\n)[ \t*#>]*(?:the\s+)?(?:final\s+)?answer[ \t*]*[:=][ \t*]*([^\n]+)", re.IGNORECASE)
-
-
-_TINY = 1e-3
+_TINY = 1e-3  # below, numbers are compared exactly
 _SCALE = re.compile(r"(?:hundred|thousand|million|billion|trillion|dozen)s?\b", re.IGNORECASE)
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 # a number and words behind it that do not change its value
@@ -64,9 +62,7 @@ def grade(gold: str, text: str, strict: bool = False) -> Grade:
         if spelling(answer) == spelling(gold):
             return Grade(1.0, True)
         if (small := _float(gold)) is not None and abs(small) < _TINY and (other := _float(answer)) is not None:
-            return Grade(
-                float(small == other), True
-            )  # math-verify rounds to six decimals, which leaves nothing of 1e-7
+            return Grade(float(small == other), True)  # math-verify's six decimals leave nothing of 1e-7
         found = read_alone(answer)
     else:
         found = () if strict else _parse(text[-_TAIL:])

@@ -82,6 +82,12 @@ def use_threads(threads: int | None) -> None:
     torch.set_num_threads(threads)
 
 
+def check_seed(key: str, value: Any) -> None:
+    """Raise ConfigError for what is no seed of numpy and torch."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**32:
+        raise ConfigError(f"{key}={value} is no seed. Expected a whole number from 0 to {2**32 - 1}.")
+
+
 def pipeline(cfg: DictConfig) -> Pipeline:
     """The selected plug-ins in order."""
     return Pipeline({name: make(f"plugin.{name}", node) for name, node in cfg.plugin.items()})
@@ -150,6 +156,17 @@ def _ignore(name: str, value: Any) -> None:
     """Where nothing is logged yet."""
 
 
+def outside_training(lengths: Sequence[int]) -> dict[str, Any]:
+    """What a reward gets from the trainer beside the data's columns, for calls before there is one. Args: lengths: in tokens."""
+    return {
+        "completion_ids": [[0] * length for length in lengths],
+        "mean_logp": [0.0] * len(lengths),
+        "trainer_state": TrainerState(max_steps=1),
+        "log_metric": _ignore,
+        "log_extra": _ignore,
+    }
+
+
 def probe_rewards(functions: Sequence[Checked | Once | Gated], rows: Sequence[dict], group: int) -> None:
     """Call each reward once on empty completions of one prompt, so that a broken one fails before the run starts.
 
@@ -158,10 +175,7 @@ def probe_rewards(functions: Sequence[Checked | Once | Gated], rows: Sequence[di
     """
     row = rows[0]
     columns = {name: [value] * group for name, value in row.items() if name != "prompt"}
-    columns["completion_ids"] = [[] for _ in range(group)]
-    columns |= {"trainer_state": TrainerState(max_steps=1), "log_metric": _ignore, "log_extra": _ignore}
-    if any(function.needs_logp for function in functions):
-        columns["mean_logp"] = [0.0] * group
+    columns |= outside_training([0] * group)
     chat = not isinstance(row["prompt"], str)
     completions = [[{"role": "assistant", "content": ""}]] * group if chat else [""] * group
     for function in functions:

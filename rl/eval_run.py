@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -43,6 +42,7 @@ def run_eval(target: str | None, cfg: DictConfig, out: str | None, overrides: Se
     quiet()
     check_engine(cfg)
     build.use_threads(cfg.engine.threads)
+    build.check_seed("eval.seed", cfg.eval.seed)
     path = find_model(target or cfg.model.path)
     is_run = target is not None and (Path(target) / "manifest.json").is_file()
     folder = (
@@ -56,7 +56,7 @@ def run_eval(target: str | None, cfg: DictConfig, out: str | None, overrides: Se
         return _elsewhere(cfg, path, folder, overrides)
     tokenizer = build.tokenizer(_with_tokenizer(path), cfg.model)
     build.decoding(cfg)
-    sets = limited(_distinct(cfg, tokenizer), cfg.eval.limit)
+    sets = limited(problem_sets(cfg, tokenizer), cfg.eval.limit)
     for name, problems in sets.items():
         prompt = tokenizer.decode(prompt_ids(tokenizer, problems.heldout[0]["prompt"]))
         show_problems(name, len(problems.heldout), prompt, problems.answers, problems.strict_answers)
@@ -120,19 +120,7 @@ def training_sets(cfg: DictConfig, problems: Problems, tokenizer: PreTrainedToke
     The first is the run's main set.
     """
     several = cfg.eval.sets or "sets" in cfg.data
-    return limited(_distinct(cfg, tokenizer) if several else {problems.name: problems}, cfg.eval.limit)
-
-
-def _distinct(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Problems]:
-    """The configuration's sets; results go by their names, so two of one name are refused rather than one left out."""
-    group, nodes = ("eval.sets", cfg.eval.sets) if cfg.eval.sets else ("data.sets", cfg.data.get("sets", {}))
-    names = Counter(node.name for node in nodes.values())
-    if twice := next((name for name, count in names.items() if count > 1), None):
-        keys = [f"{group}.{key}" for key, node in nodes.items() if node.name == twice]
-        raise ConfigError(
-            f"{' and '.join(keys)} are all named {twice}, and results go by name. Name the others: {keys[-1]}.name=..."
-        )
-    return problem_sets(cfg, tokenizer)
+    return limited(problem_sets(cfg, tokenizer) if several else {problems.name: problems}, cfg.eval.limit)
 
 
 def limited(sets: Mapping[str, Problems], limit: int | None) -> dict[str, Problems]:

@@ -24,7 +24,7 @@ Grader = Callable[..., list[float]]
 Answers = Callable[[list[str]], list[str | None]]
 
 _FILTERS = {"max_prompt_tokens", "pass_rate", "duplicates", "similarity", "decontaminate", "ngram"}
-_SAMPLE = 2000  # prompts of a stream that say what its instruction is
+_SAMPLE = 2000  # prompts of a stream that say what its instruction and its turns of phrase are
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,11 @@ class Problems:
 
     def describe(self) -> str:
         """For the start of a run."""
-        size = "a stream of" if self.size is None else f"{self.size:,}"
+        if self.size is None:
+            return f"{self.name}, a stream of training and {len(self.heldout):,} held-out problems"
         left_out = ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.items())
         dropped = f" (left out: {left_out})" if left_out else ""
-        return f"{self.name}, {size} training{dropped} and {len(self.heldout):,} held-out problems"
+        return f"{self.name}, {self.size:,} training{dropped} and {len(self.heldout):,} held-out problems"
 
 
 def problems(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, train: bool = True) -> Problems:
@@ -72,13 +73,23 @@ def problems(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, train: bool = 
 
 
 def problem_sets(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Problems]:
-    """What is evaluated: ``eval.sets`` where there are any, else the held-out problems of the data set or of each in a mixture."""
+    """What is evaluated: ``eval.sets`` where there are any, else the held-out problems of the data set or of each in a mixture.
+
+    Raises:
+        ConfigError: two sets of one name, by which results go. DataError: as ``problems``.
+    """
     if cfg.eval.sets:
         nodes = {f"eval.sets.{name}": node for name, node in cfg.eval.sets.items()}
     elif "sets" in cfg.data:
         nodes = {f"data.sets.{name}": node for name, node in cfg.data.sets.items()}
     else:
         nodes = {"data": cfg.data}
+    names = Counter(node.name for node in nodes.values())
+    if twice := next((name for name, count in names.items() if count > 1), None):
+        keys = [key for key, node in nodes.items() if node.name == twice]
+        raise ConfigError(
+            f"{' and '.join(keys)} are all named {twice}, and results go by name. Name the others: {keys[-1]}.name=..."
+        )
     return {node.name: _single(key, node, tokenizer, train=False) for key, node in nodes.items()}
 
 
@@ -131,9 +142,9 @@ def _filters(key: str, node: DictConfig, tokenizer, train: Dataset | IterableDat
         raise ConfigError(
             f"{key}.filter lacks {', '.join(sorted(missing))}; configs/data/_table.yaml shows what it holds."
         )
-    sample = (
-        [row["prompt"] for row in islice(iter(train), _SAMPLE)] if options.duplicates or options.decontaminate else []
-    )
+    wants_sample = options.duplicates == "near" or options.decontaminate
+    known = islice(iter(train), None if isinstance(train, Dataset) else _SAMPLE) if wants_sample else ()
+    sample = [row["prompt"] for row in known]
     filters: list[Filter] = []
     if options.max_prompt_tokens is not None:
         filters.append(MaxTokens(lambda prompt: len(prompt_ids(tokenizer, prompt)), options.max_prompt_tokens))

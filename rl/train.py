@@ -105,14 +105,14 @@ def _train(cfg, folder, tracker, model, ready: Ready, sets, sampler, started) ->
     start = time.perf_counter()
     trainer.train()
     seconds["train"] = time.perf_counter() - start
+    final = str(folder / "checkpoints" / "final")
+    trainer.save_model(final)
     if problems.size is None and trainer.state.global_step < ready.args.max_steps:
         raise ConfigError(
             f"data={cfg.data.name} ended after {trainer.state.global_step} of {ready.args.max_steps} steps: a stream is shorter than one "
             "rollout takes. Loosen data.filter, or set data.streaming=false."
         )
-    trainer.save_model(str(folder / "checkpoints" / "final"))
     trained = trainer.accelerator.unwrap_model(trainer.model)
-    final = str(folder / "checkpoints" / "final")
     after = _evaluate(cfg, sets, folder, "after", trained, tokenizer, final, seconds) if cfg.eval.after else {}
     seconds["total"] = time.perf_counter() - started
     print()

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: whole runs, bad input, and what is left behind."""
+"""The command line as a user meets it: whole runs and what is left behind."""
 
 import json
 import subprocess
@@ -9,40 +9,14 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from rl.cli import main, parse
+from command_line import SMALL, entrl, metrics, train
+from rl.cli import parse
 from rl.config import compose
 from rl.errors import ConfigError
 from rl.paths import configs_dir
 
 SHARED = Path(__file__).parents[2] / "shared" / "datasets"
 EXPERIMENTS = sorted((configs_dir() / "experiment").rglob("*.yaml"))
-SMALL = [
-    "debug=two_steps",
-    "trainer.per_device_train_batch_size=16",
-    "data.train.count=32",
-    "data.heldout.count=6",
-]
-
-
-def entrl(*argv):
-    return main(list(argv))
-
-
-def train(tmp_path, *overrides, name="it"):
-    return entrl("train", *SMALL, f"run.dir={tmp_path}", f"run.name={name}", *overrides)
-
-
-def fails(capsys, *argv):
-    """Run something that must end with exit code 2 and one sentence; give the sentence."""
-    assert entrl(*argv) == 2
-    sentence = capsys.readouterr().err.strip()
-    assert sentence.startswith("entrl: ") and "\n" not in sentence and "Traceback" not in sentence
-    return sentence
-
-
-def metrics(folder):
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
 
 
 def test_help_is_quick_and_lists_examples_and_plugins():
@@ -211,112 +185,6 @@ def test_arguments_in_any_order():
             parse(bad)
 
 
-BAD_REWARD = "def reward(prompts, completions, **columns):\n    return {}\n"
-
-
-def rewards_of(tmp_path, monkeypatch, body, name):
-    (tmp_path / f"{name}.py").write_text(BAD_REWARD.format(body))
-    monkeypatch.syspath_prepend(tmp_path)
-    return f"reward.correct.fn={{_target_: {name}.reward, _partial_: true}}"
-
-
-@pytest.mark.parametrize(
-    "name, body, message",
-    [
-        ("r_nan", "[float('nan')] * len(prompts)", "reward.correct returned nan for sample 0 (prompt"),
-        ("r_none", "[None] * len(prompts)", "reward.correct returned None for sample 0"),
-        ("r_count", "[1.0]", "reward.correct returned 1 values for 8 completions"),
-        (
-            "r_raises",
-            "[1 / 0 for _ in prompts]",
-            "reward.correct raised ZeroDivisionError: division by zero on sample 0",
-        ),
-    ],
-)
-def test_a_broken_reward_is_found_before_anything_is_written(tmp_path, monkeypatch, capsys, name, body, message):
-    override = rewards_of(tmp_path, monkeypatch, body, name)
-    assert message in fails(capsys, "train", *SMALL, f"run.dir={tmp_path}/runs", override)
-    assert not (tmp_path / "runs").exists()
-
-
-def test_a_reward_that_breaks_later_leaves_a_failed_run_that_says_why(tmp_path, monkeypatch, capsys):
-    override = rewards_of(tmp_path, monkeypatch, "[float('nan') if c else 0.0 for c in completions]", "r_late")
-    sentence = fails(capsys, "train", *SMALL, "eval.before=false", f"run.dir={tmp_path}/runs", "run.name=x", override)
-    assert "reward.correct returned nan for sample" in sentence and "completion '" in sentence
-    assert "RewardError" in (tmp_path / "runs" / "x" / "FAILED").read_text()
-    assert not (tmp_path / "runs" / "x" / "DONE").exists()
-
-
-@pytest.mark.parametrize(
-    "overrides, message",
-    [
-        (["plugin=[nothing]"], "plugin=nothing does not exist"),
-        (["trainer.learnin_rate=1"], "Did you mean learning_rate?"),
-        (
-            ["plugin.fork_mask.rho=20"],
-            "plugin.fork_mask.rho=20 is not a fraction. Expected 0 < rho <= 1; 0.2 keeps the top 20 %.",
-        ),
-        (["plugin.steer.w_min=0.5"], "plug-in steer is not selected"),
-        (["trainer.per_device_train_batch_size=12"], "12 is not a multiple of 8"),
-        (["trainer.loss_type=dpo"], "trainer.loss_type=dpo is not known. Expected one of: grpo, dapo"),
-        (["trainer.epsilon=wide"], "trainer.epsilon=wide is a str"),
-        (["data.levels=[9]"], "counts of numbers from 2 to 6"),
-        (["data.train.count=0"], "at least 1"),
-        (["model.path=/no/such/folder"], "/no/such/folder is no folder with a model"),
-        (["model.path={tmp}"], "holds no model"),
-        (["model.path=no-such-org/no-such-model"], "could not be loaded"),
-        (["reward=[]"], "nothing to learn"),
-        (["data=jsonl", "data.path=/no/such.jsonl"], "does not exist"),
-        (["data.grader._target_=rewards.nothing.fn"], "rewards.nothing.fn cannot be made"),
-        (["plugin.fork_mask._target_=rl.plugins.fork_mask.Nope"], "plugin.fork_mask"),
-        (["eval.ks=[1,64]"], "eval.samples"),
-        (["eval.top_p=1.5"], "eval.top_p=1.5 does not work. Expected 0 < top_p <= 1"),
-        (["eval.temperature=0"], "would be the same completion 2 times"),
-        (["eval.limit=0"], "eval.limit=0 does not work"),
-        (["data.train.count=31"], "data.train has 31 problems, a rollout takes 32 (256 completions"),
-        (["trainer.max_steps=0"], "trainer.max_steps=0 does not work. Expected a number above 0."),
-        (["trainer.temperature=0"], "trainer.temperature=0"),
-        (["trainer.learning_rate=null"], "trainer.learning_rate=None"),
-        (["plugin.fork_mask.rho=abc"], "plugin.fork_mask.rho=abc is not a fraction"),
-        (["model.dtype=float99"], "model.dtype=float99 is not known"),
-        (["run.name=a/b"], "run.name=a/b is no name of a folder"),
-        (["run.dir=/proc/x"], "run.dir=/proc/x cannot be written"),
-        (["data.answers=null"], "data.answers is not set"),
-        (["logger.mode=foo"], "logger.mode=foo is not known"),
-        (["rollout=foo"], "rollout=foo does not exist"),
-        (["trainer.repetition_penalty=1.1"], "rollout=native does not know trainer.repetition_penalty"),
-        (["trainer.use_vllm=true"], "contradict each other"),
-        (["seed=-1"], "seed=-1 is no seed"),
-        (["eval.seed=-1"], "eval.seed=-1 is no seed"),
-        (["run.name=1234"], "run.name=1234 is no text"),
-        (["run.name=.."], "run.name=.. is no name of a folder"),
-        (["eval.ks=3"], "eval.ks=3 is no list of whole numbers"),
-        (["eval.samples=two"], "eval.samples=two does not work"),
-        (["eval.before=maybe"], "eval.before=maybe is neither true nor false"),
-        (["trainer.max_steps=1.5"], "trainer.max_steps=1.5 does not work. Expected a whole number."),
-        (["trainer.top_p=2"], "trainer.top_p=2 does not work"),
-        (["engine.threads=-1"], "engine.threads=-1 does not work"),
-        (["data=jsonl", "data.path="], "is no path"),
-    ],
-    ids=str,
-)
-def test_bad_input_gets_one_sentence_and_writes_nothing(tmp_path, capsys, overrides, message):
-    overrides = [o.format(tmp=tmp_path) if "{tmp}" in o else o for o in overrides]
-    assert message in fails(capsys, "train", *SMALL[:1], f"run.dir={tmp_path}/runs", *overrides)
-    assert not (tmp_path / "runs").exists()
-
-
-def test_missing_columns_and_empty_files(tmp_path, capsys):
-    rows = tmp_path / "set.jsonl"
-    rows.write_text('{"question": "1+1", "gold": "2"}\n')
-    where = ["data=jsonl", f"data.path={rows}", f"run.dir={tmp_path}/runs"]
-    sentence = fails(capsys, "train", *where)
-    assert "none 'answer' for 'answer'. Present: question, gold." in sentence
-    rows.write_text("")
-    assert "is empty" in fails(capsys, "train", *where)
-    assert not (tmp_path / "runs").exists()
-
-
 def test_a_stream_with_the_default_filters_trains(tmp_path):
     rows = tmp_path / "set.jsonl"
     rows.write_text("\n".join(f'{{"prompt": "1 2 {i} > 7 :", "answer": "7"}}' for i in range(40)))
@@ -336,96 +204,6 @@ def test_problems_without_labels_are_voted_on(tmp_path):
     assert all("reward/majority_ratio" in line for line in metrics(tmp_path / "it"))
 
 
-def test_an_existing_run_is_not_touched(tmp_path, capsys):
-    (tmp_path / "it").mkdir()
-    sentence = fails(capsys, "train", *SMALL, f"run.dir={tmp_path}", "run.name=it")
-    assert "exists already" in sentence and "run.overwrite=true" in sentence and not list((tmp_path / "it").iterdir())
-
-
-def test_eval_of_what_is_no_model(tmp_path, capsys):
-    assert "holds no model" in fails(capsys, "eval", str(tmp_path))
-    assert "is no folder with a model" in fails(capsys, "eval", str(tmp_path / "x"))
-
-
-TWO = [
-    "+eval.sets.easy={name: easy, heldout: {_target_: data.countdown.dataset, split: heldout, levels: [3], count: 5, seed: 0}}",
-    "+eval.sets.hard={name: hard, heldout: {_target_: data.countdown.dataset, split: heldout, levels: [4], count: 6, seed: 0}}",
-    *[
-        f"+eval.sets.{name}.{key}={{_target_: rewards.countdown.{fn}, _partial_: true}}"
-        for name in ("easy", "hard")
-        for key, fn in (("grader", "solved"), ("answers", "final_answers"))
-    ],
-]
-
-
-def test_several_sets_before_and_after_training_and_by_entrl_eval(tmp_path, capsys, monkeypatch):
-    told = {}
-    monkeypatch.setattr("rl.tracking.Tracker.finish", lambda self, summary: told.update(summary))
-    assert train(tmp_path, *TWO, "eval.limit=5") == 0
-    folder = tmp_path / "it"
-    summary = json.loads((folder / "summary.json").read_text())
-    assert list(summary["sets"]) == ["easy", "hard"] and summary["eval"] == summary["sets"]["easy"]
-    for name, metrics in summary["sets"].items():
-        assert set(metrics) == {"before", "after"}
-        assert told[f"eval/{name}/pass@1"] == metrics["after"]["pass@1"]
-        assert told[f"eval/{name}/before/pass@1"] == metrics["before"]["pass@1"]
-        assert len(pd.read_parquet(folder / "eval" / f"after_{name}.parquet")) == 5 * 2
-    capsys.readouterr()
-    assert entrl("eval", str(folder), "eval.samples=2", "eval.ks=[1]") == 0  # the run's own sets, without its limit
-    said = capsys.readouterr().out
-    assert "easy, 5 problems" in said and "hard, 6 problems" in said
-    assert {"easy_t1_n2.json", "hard_t1_n2.json"} <= {p.name for p in (folder / "eval").iterdir()}
-
-
-@pytest.mark.parametrize("verb", ["eval", "train"])
-def test_sets_of_one_name_are_refused(tmp_path, capsys, verb):
-    same = [word.replace("name: hard", "name: easy") for word in TWO]
-    sentence = fails(capsys, verb, *same, "dry_run=true")
-    assert "eval.sets.easy and eval.sets.hard are all named easy" in sentence and "eval.sets.hard.name=..." in sentence
-
-
-def test_adapters_without_a_tokenizer_have_that_of_their_base_model(tmp_path):
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    from rl.paths import find_model
-
-    base = AutoModelForCausalLM.from_pretrained(find_model("builtin:countdown"))
-    get_peft_model(base, LoraConfig(r=2, target_modules="all-linear")).save_pretrained(tmp_path / "adapters")
-    assert not (tmp_path / "adapters" / "tokenizer_config.json").exists()
-    small = ["eval.samples=2", "eval.ks=[1]", "data.heldout.count=4", f"--out={tmp_path / 'out'}"]
-    assert entrl("eval", str(tmp_path / "adapters"), *small) == 0
-
-
-def test_entrl_eval_takes_all_problems_unless_told(tmp_path, capsys):
-    small = ["eval", "builtin:countdown", "data.heldout.count=205", "dry_run=true"]
-    assert entrl(*small) == 0 and "countdown, 205 problems" in capsys.readouterr().out
-    assert entrl(*small, "eval.limit=7") == 0 and "countdown, 7 problems" in capsys.readouterr().out
-    assert train(tmp_path, "data.heldout.count=9", "eval.limit=4") == 0
-    assert "4 held-out problems of countdown" in capsys.readouterr().out
-
-
-def test_a_run_is_evaluated_on_its_own_data_and_length(tmp_path, capsys):
-    assert train(tmp_path, "trainer.max_completion_length=5", "eval.before=false", "eval.after=false") == 0
-    config = tmp_path / "it" / "config.yaml"
-    config.write_text(config.read_text().replace("name: countdown", "name: mine"))
-    capsys.readouterr()
-    small = ["eval.samples=2", "eval.ks=[1]"]
-    assert entrl("eval", str(tmp_path / "it"), *small) == 0
-    assert "mine, 6 problems" in capsys.readouterr().out
-    assert pd.read_parquet(tmp_path / "it" / "eval" / "mine_t1_n2.parquet")["tokens"].max() == 5
-    sentence = fails(capsys, "eval", str(tmp_path / "it"), *small, "data.heldout.count=3")
-    assert "was trained on mine" in sentence and "data=mine data.heldout.count=..." in sentence
-
-
-def test_a_lora_run_is_evaluated(tmp_path, capsys):
-    assert train(tmp_path, "peft=lora", "eval.before=false") == 0
-    assert entrl("eval", str(tmp_path / "it"), "eval.samples=2", "eval.ks=[1]") == 0
-    own = json.loads((tmp_path / "it" / "summary.json").read_text())["eval"]["after"]
-    alone = json.loads((tmp_path / "it" / "eval" / "countdown_t1_n2.json").read_text())
-    assert alone["pass@1"] == own["pass@1"] and alone["entropy/mean"] == pytest.approx(own["entropy/mean"], rel=1e-4)
-
-
 def test_config_of_a_run_is_the_resolved_one(tmp_path):
     assert train(tmp_path, "plugin.fork_mask.rho=0.3", "eval.before=false", "eval.after=false") == 0
     import yaml
@@ -433,9 +211,3 @@ def test_config_of_a_run_is_the_resolved_one(tmp_path):
     written = yaml.safe_load((tmp_path / "it" / "config.yaml").read_text())
     assert written["plugin"]["fork_mask"]["rho"] == 0.3 and "${" not in (tmp_path / "it" / "config.yaml").read_text()
     assert compose().plugin.fork_mask.rho == 0.2
-
-
-@pytest.mark.parametrize("rollout", ["vllm_colocate", "vllm_server"])
-def test_without_vllm_its_rollouts_are_refused_before_anything_is_written(tmp_path, capsys, monkeypatch, rollout):
-    monkeypatch.setattr("rl.build.find_spec", lambda name: None)
-    assert "vLLM is not installed" in fails(capsys, "train", f"run.dir={tmp_path}/runs", f"rollout={rollout}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata as metadata
-import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from huggingface_hub import get_token
 from packaging.requirements import Requirement
 
+from rl.machine import machine
 from rl.preflight.report import Section
 from rl.tracking import has_key, resolve_mode
 
@@ -55,7 +55,7 @@ def check_machine(section: Section, run_dir: str, weights: int, logger_mode: str
         tempfile.TemporaryFile(dir=folder).close()
     except OSError:
         section.error(f"run.dir={run_dir} cannot be written to. Choose another: run.dir=FOLDER.")
-    free = shutil.disk_usage(folder).free
+    free = machine(folder).disk_free
     section.fact(f"{free / _GIB:.0f} GiB of disk free under run.dir")
     if weights > free:
         section.error(

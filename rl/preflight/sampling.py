@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rl import build
 from rl.draw import Decoding
 from rl.evaluate import evaluate
 from rl.plugins.entropy_band import otsu_exact
@@ -73,7 +74,7 @@ def check_rollouts(
 def _rewards(rows, samples, functions, weights, group: int, section: Section) -> np.ndarray:
     """(problems, group) weighted rewards; one that needs what only a trainer has is left out."""
     columns = rewarded_columns([rows[i] for i in samples["problem"]])
-    columns["completion_ids"] = [[0] * n for n in samples["tokens"]]
+    columns |= build.outside_training(samples["tokens"].tolist())
     prompts = [rows[i]["prompt"] for i in samples["problem"]]
     texts = samples["completion"].tolist()
     completions = texts if isinstance(prompts[0], str) else [[{"role": "assistant", "content": text}] for text in texts]

@@ -76,24 +76,8 @@ def check_settings(cfg: DictConfig, section: Section) -> tuple[Pipeline | None, 
     section.attempt(resolve_mode, cfg.logger.mode)
     section.attempt(build.check_dtype, cfg.model)
     section.attempt(build.peft_config, cfg)
-    for key, least in (("record.every", 0), ("record.max_rows", 1), ("record.show", 0)):
-        value = OmegaConf.select(cfg, key)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            section.error(f"{key}={value} does not work. Expected a whole number of at least {least}.")
     section.attempt(build.use_threads, cfg.engine.threads)
-    for key in _FLAGS:
-        if not isinstance(value := OmegaConf.select(cfg, key), bool):
-            section.error(f"{key}={value} is neither true nor false.")
-    for key in ("seed", "eval.seed"):
-        value = OmegaConf.select(cfg, key)
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**32:
-            section.error(f"{key}={value} is no seed. Expected a whole number from 0 to 4294967295.")
-    for key in ("run.dir", "run.name", "model.path"):
-        value = OmegaConf.select(cfg, key)
-        if not (isinstance(value, str) and value.strip()) and not (key == "run.name" and value is None):
-            section.error(
-                f"{key}={value} is no text. Expected some, in quotes where it looks like a number: '{key}=\"{value}\"'."
-            )
+    _check_kinds(cfg, section)
     if isinstance(cfg.run.name, str):
         section.attempt(rundir.check_free, Path(cfg.run.dir), cfg.run.name, cfg.run.overwrite)
     if cfg.trainer.get("bf16") and not torch.cuda.is_available():
@@ -108,6 +92,26 @@ def check_settings(cfg: DictConfig, section: Section) -> tuple[Pipeline | None, 
 
 
 _FLAGS = ("dry_run", "run.overwrite", "eval.before", "eval.after", "eval.greedy")
+_LEAST = {"record.every": 0, "record.max_rows": 1, "record.show": 0}
+
+
+def _check_kinds(cfg: DictConfig, section: Section) -> None:
+    """Values that nothing is made from, so that a wrong kind would show late or never."""
+    for key, least in _LEAST.items():
+        value = OmegaConf.select(cfg, key)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            section.error(f"{key}={value} does not work. Expected a whole number of at least {least}.")
+    for key in _FLAGS:
+        if not isinstance(value := OmegaConf.select(cfg, key), bool):
+            section.error(f"{key}={value} is neither true nor false.")
+    for key in ("seed", "eval.seed"):
+        section.attempt(build.check_seed, key, OmegaConf.select(cfg, key))
+    for key in ("run.dir", "run.name", "model.path"):
+        value = OmegaConf.select(cfg, key)
+        if not (isinstance(value, str) and value.strip()) and not (key == "run.name" and value is None):
+            section.error(
+                f"{key}={value} is no text. Expected some, in quotes where it looks like a number: '{key}=\"{value}\"'."
+            )
 
 
 def _check_rewards(cfg: DictConfig, section: Section) -> None:

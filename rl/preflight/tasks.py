@@ -138,6 +138,15 @@ def _shortened(text: str, width: int = 150) -> str:
     return text if len(text) <= width else f"{text[: width // 2]} ... {text[-width // 2 :]}"
 
 
+def _as_in_training(reward: Callable) -> Callable:
+    """The reward with what it would get from a trainer."""
+
+    def call(prompts: list, completions: list, **columns) -> list[float]:
+        return reward(prompts, completions, **{**build.outside_training([0] * len(completions)), **columns})
+
+    return call
+
+
 def rewarded_columns(rows: Sequence[dict]) -> dict[str, list]:
     """The rows' columns as a reward gets them."""
     return {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
@@ -161,7 +170,7 @@ def check_rewards(cfg: DictConfig, section: Section, found: Problems, count: int
         if node.fn != cfg.data.grader and "answer" in _asked_for(made):
             graders[f"reward.{name}"] = Checked(name, made)
     for key, grader in graders.items():
-        checked = check(grader, rows, limit=count, solution=solution)
+        checked = check(_as_in_training(grader), rows, limit=count, solution=solution)
         section.fact(f"{key} on {checked.rows} rows")
         for line in checked.lines():
             section.fact(f"  {line}")
