@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from command_line import SMALL, entrl, metrics, train
+from command_line import SMALL, entrl, fails, metrics, train
 from rl.cli import parse
 from rl.config import compose
 from rl.errors import ConfigError
@@ -192,6 +192,15 @@ def test_a_stream_with_the_default_filters_trains(tmp_path):
     small = [o for o in SMALL if "count" not in o]
     assert entrl("train", *small, *options, "eval.after=false", f"run.dir={tmp_path}", "run.name=it") == 0
     assert len(metrics(tmp_path / "it")) == 2
+
+
+def test_a_stream_that_is_shorter_than_a_rollout_is_a_failed_run(tmp_path, capsys):
+    rows = tmp_path / "set.jsonl"
+    rows.write_text("\n".join(f'{{"prompt": "1 2 {i} > 7 :", "answer": "7"}}' for i in range(5)))
+    options = ["data=jsonl", f"data.path={rows}", "data.holdout=4", "data.streaming=true", "eval.before=false"]
+    small = [o for o in SMALL if "count" not in o]
+    assert "ended after 0 of 2 steps" in fails(capsys, "train", *small, *options, f"run.dir={tmp_path}", "run.name=it")
+    assert "ended after 0" in (tmp_path / "it" / "FAILED").read_text()
 
 
 def test_problems_without_labels_are_voted_on(tmp_path):

@@ -111,3 +111,22 @@ def test_every_pass_over_a_stream_begins_anew():
     data, dropped = apply(stream, [Duplicates()])
     for _ in range(3):
         assert [row["prompt"] for row in data] == ["a", "b"] and dropped == {"duplicates": 1}
+
+
+def test_two_sets_that_share_only_their_last_members_are_found():
+    """The worst case of the search: what they have in common comes last in its order."""
+    near = Duplicates("near", 0.5)
+    assert not near._is_near(frozenset([*range(5), *range(10, 20)]))
+    assert near._is_near(frozenset([*range(5, 10), *range(10, 20)]))  # 10 of 20
+    assert not near._is_near(frozenset([*range(30, 36), *range(11, 20)]))  # 9 of 21
+
+
+def test_the_instruction_of_an_evaluation_set_is_known_without_the_training_set():
+    evaluated = [f"{ASK} problem {i} of the set" for i in range(30)]
+    assert kept(Decontaminate({"aime": evaluated}), [f"{ASK} something else"]) == [f"{ASK} something else"]
+
+
+def test_a_contaminated_problem_that_is_there_often_is_no_turn_of_phrase():
+    problem = " ".join(f"w{i}" for i in range(20))
+    training = [problem] * 9 + ["another one"]
+    assert kept(Decontaminate({"aime": [problem]}, training), training) == ["another one"]

@@ -213,3 +213,9 @@ def test_real_sets_in_verls_layout():
     for name, count in {"gsm8k_test": 1319, "math500": 500, "aime24": 30, "amc23": 40}.items():
         data = table(source(SHARED / f"{name}.parquet", columns, unique=True), "train")
         assert len(data) == count and isinstance(data[0]["answer"], str) and data[0]["prompt"][-1]["role"] == "user"
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_no_part_of_a_row(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "a", "answer": "1"}\r\n{"prompt": "b", "answer": "2"}\r\n')
+    assert table(source(path), "train").to_list() == [{"prompt": "a", "answer": "1"}, {"prompt": "b", "answer": "2"}]

@@ -12,6 +12,7 @@ def test_a_problem_in_each_style():
     assert PromptFormat(instruction="Box it.")("1+1?") == [{"role": "user", "content": "1+1?\nBox it."}]
     assert PromptFormat(system="S")("1+1?")[0] == {"role": "system", "content": "S"}
     assert PromptFormat("Q: {prompt} in \\boxed{}. A:")("{1}") == "Q: {1} in \\boxed{}. A:"
+    assert PromptFormat("Q: {prompt}", instruction="Box it.")("1+1?") == "Q: 1+1?\nBox it."
     assert PromptFormat("qwen_math", instruction="not twice")("1+1?").endswith(
         "\\boxed{}.<|im_end|>\n<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n"
     )

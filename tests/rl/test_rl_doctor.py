@@ -25,6 +25,12 @@ def asks(prompts, completions, difficulty, **columns):
     return [0.0 for _ in completions]
 
 
+def curious(prompts, completions, answer, trainer_state, log_metric, completion_ids, mean_logp, **columns):
+    """A sound reward that wants everything a trainer gives."""
+    log_metric("mine", trainer_state.global_step + len(completion_ids) + len(mean_logp))
+    return [float(isinstance(c, str) and c == f"\\boxed{{{a}}}") for c, a in zip(completions, answer, strict=True)]
+
+
 # override -> a part of the sentence that must come of it
 PLANTED = {
     "plugin.fork_mask.rhoo=0.3": "plugin.fork_mask.rhoo is not a key of the configuration. Did you mean",
@@ -87,6 +93,7 @@ ALONE = {
         "model.attn_implementation=eager",
     ): "The run would take",
     ("reward.correct.weight=0",): "Every reward has weight 0",
+    ("reward=[format_tags]", "+reward.format_tags.fn.tagz=[a]"): "reward.format_tags.fn.tagz is no parameter of",
     ("run.dir=/proc/nowhere",): "run.dir=/proc/nowhere cannot be written to",
     ("logger.mode=online",): "no W&B key was found",
     (
@@ -139,3 +146,15 @@ def test_a_check_that_fails_itself_is_told_and_the_others_go_on():
         section.fact("fine")
     assert "mistake of entrl: KeyError" in report.errors[0] and len(report.sections) == 2
     assert list(report.lines())[-1] == "1 thing to mend"
+
+
+def test_a_reward_gets_what_a_trainer_would_give_it(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(__file__.rpartition("/")[0])
+    mine = "+reward.mine={weight: 1.0, fn: {_target_: test_rl_doctor.curious, _partial_: true}}"
+    report = examine([mine, f"run.dir={tmp_path}", "~reward.correct"], None, rollouts=0)
+    assert all("raised" not in error and "mistake of entrl" not in error for error in report.errors), report.errors
+    assert any("reward.mine" in error for error in report.errors)  # Countdown's solutions are no boxed answers
+    seen = {}
+    monkeypatch.setattr("rl.preflight.tasks.check_rewards", lambda *a, **k: seen.update(called=True))
+    report = examine([mine, f"run.dir={tmp_path}"], None, rollouts=4)
+    assert seen and not report.errors, report.errors

@@ -109,3 +109,22 @@ def test_a_stream_is_filtered_and_has_no_size(files):
 def test_what_is_refused(files, overrides, message):
     with pytest.raises((ConfigError, DataError), match=message.replace("[", r"\[")):
         problems(compose([o.replace("{a}", f"{files}/a.jsonl") for o in overrides]), TOKENIZER)
+
+
+def test_turns_of_phrase_are_those_of_the_whole_training_set(tmp_path, monkeypatch):
+    monkeypatch.setattr("rl.problems._SAMPLE", 3)  # of a stream
+    phrase = " ".join(f"p{i}" for i in range(15))
+    rows = [{"prompt": f"problem {i} {phrase}", "answer": "1"} for i in range(9)]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "other.jsonl").write_text(json.dumps({"prompt": f"another {phrase}", "answer": "1"}))
+    asked = [
+        "data=jsonl",
+        f"data.path={tmp_path}/train.jsonl",
+        "data.holdout=null",
+        "data.filter.decontaminate=[jsonl]",
+    ]
+    asked += [
+        f"data.filter.decontaminate.jsonl.path={tmp_path}/other.jsonl",
+        "data.filter.decontaminate.jsonl.holdout=null",
+    ]
+    assert problems(compose(asked), TOKENIZER).size == 9
