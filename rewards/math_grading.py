@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from decimal import Decimal
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ _CONFIG = (LatexExtractionConfig(), ExprExtractionConfig())
 _TAIL = 10_000  # characters at the end of a text that are read: an answer stands at the end
 _LONGEST = 2_000  # characters of an answer
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
-_SAID = re.compile(r"(?:^|\n)[ \t*#>]*(?:the\s+)?(?:final\s+)?answer[ \t*]*[:=][ \t*]*([^\n]+)", re.IGNORECASE)
+_SAID = re.compile(r"\banswer[ \t*]*[:=][ \t*]*", re.IGNORECASE)
 _TINY = 1e-3  # below, numbers are compared exactly
 _SCALE = re.compile(r"(?:hundred|thousand|million|billion|trillion|dozen)s?\b", re.IGNORECASE)
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
@@ -61,8 +62,9 @@ def grade(gold: str, text: str, strict: bool = False) -> Grade:
             answer = number[1]
         if spelling(answer) == spelling(gold):
             return Grade(1.0, True)
-        if (small := _float(gold)) is not None and abs(small) < _TINY and (other := _float(answer)) is not None:
-            return Grade(float(small == other), True)  # math-verify's six decimals leave nothing of 1e-7
+        a, b = _number(gold), _number(answer)
+        if a is not None and b is not None and (a == b or abs(a) < _TINY):
+            return Grade(float(a == b), True)  # math-verify's six decimals leave nothing of 1e-7
         found = read_alone(answer)
     else:
         found = () if strict else _parse(text[-_TAIL:])
@@ -91,8 +93,9 @@ def extract(text: str, strict: bool = False) -> str | None:
     if (inside := _boxed(text)) is not None or strict:
         return inside
     tail = text[-_TAIL:]
-    for pattern in (_TAGGED, _SAID):
-        if (marked := pattern.findall(tail)) and (answer := _joined(marked[-1]).strip().rstrip(".")):
+    said = [tail[mark.end() :].split("\n", 1)[0] for mark in list(_SAID.finditer(tail))[-1:]]
+    for marked in (_TAGGED.findall(tail), said):
+        if marked and (answer := _joined(marked[-1]).strip().rstrip(".")):
             return answer[:_LONGEST]
     return None
 
@@ -149,12 +152,10 @@ def spelling(answer: str) -> str:
     return text.lower() if text.isalpha() and len(text) > 2 else text
 
 
-def _float(answer: str) -> float | None:
-    """The value of a plain or a scientific number."""
-    try:
-        return float(spelling(answer))
-    except ValueError:
-        return None
+def _number(answer: str) -> Decimal | None:
+    """The exact value of a plain or a scientific number."""
+    spelt = spelling(answer)
+    return Decimal(spelt) if re.fullmatch(r"-?\d+(?:\.\d+)?(?:e-?\d+)?", spelt) else None
 
 
 def is_read(gold: str) -> bool:

@@ -35,6 +35,10 @@ RIGHT = [
     ("f(n)=n$, $g(n)=1", r"\boxed{f(n)=n, g(n)=1}"),
     ("5", r"\boxed{5 \text{ cm}}"),
     ("5", "Answer: 5 dollars"),
+    ("7", "Answer: 5\nWait. Answer: 7"),
+    ("7", "Final answer: 5. No, the answer: 7."),
+    ("1000", r"\boxed{1e3}"),
+    ("3e6", r"\boxed{3,000,000}"),
     ("1000", r"\boxed{1,000 apples}"),
     ("5", r"so $x = 5$"),
     ("4", r"first \boxed{3}, no: \boxed{4}"),
@@ -56,6 +60,8 @@ WRONG = [
     ("1e-12", r"\boxed{2e-12}"),
     ("0.0000001", r"\boxed{0.0000002}"),
     ("12", r"\boxed{1 2}"),
+    ("9007199254740993", r"\boxed{9007199254740992}"),
+    ("7", "Answer: 7\nWait. Answer: 5"),
     ("27", "Answer: 28, as 27 is too small"),
 ]
 
