@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import fields
 from functools import partial
@@ -113,7 +114,8 @@ def language_model(path: str, model: DictConfig) -> PreTrainedModel:
         dtype=dtype,
         attn_implementation=model.attn_implementation,
     )
-    return found.to("cuda") if torch.cuda.is_available() else found
+    parted = any(hasattr(p, "ds_id") for p in found.parameters())  # by ZeRO-3, on the GPU already
+    return found.to("cuda") if torch.cuda.is_available() and not parted else found
 
 
 def check_dtype(model: DictConfig) -> None:
@@ -182,8 +184,19 @@ def probe_rewards(functions: Sequence[Checked | Once | Gated], rows: Sequence[di
         function([row["prompt"]] * group, completions, **columns)
 
 
-def grpo_config(cfg: DictConfig, output_dir: str, weights: list[float]) -> GRPOConfig:
+class _Planned(GRPOConfig):
+    """The options of a run that other processes than this one will do."""
+
+    @property
+    def world_size(self) -> int:
+        return self._world
+
+
+def grpo_config(cfg: DictConfig, output_dir: str, weights: list[float], world: int = 1) -> GRPOConfig:
     """TRL's options for this machine; entrl reports by itself, so TRL's reports are off.
+
+    Args:
+        world: processes of the run, of which this is one or the one that starts them.
 
     Raises:
         ConfigError: an unknown option or a value TRL refuses.
@@ -191,17 +204,27 @@ def grpo_config(cfg: DictConfig, output_dir: str, weights: list[float]) -> GRPOC
     check_trainer_options(cfg.trainer)
     options = OmegaConf.to_container(cfg.trainer)
     gpu = torch.cuda.is_available()
-    for name, value in {"bf16": gpu, "use_cpu": not gpu}.items():
+    # accelerate takes use_cpu as a wish for no DeepSpeed
+    for name, value in {"bf16": gpu, "use_cpu": not gpu and not cfg.engine.deepspeed}.items():
         if options[name] is None:
             options[name] = value
+    # DDP would search the graph at every step; every parameter gets a gradient on every rank, be it zero
+    options.setdefault("ddp_find_unused_parameters", False)
+    kind = GRPOConfig
+    if "RANK" not in os.environ:
+        if world > 1:
+            kind = type("_Planned", (_Planned,), {"_world": world})
+    elif not gpu:
+        options.setdefault("ddp_backend", "gloo")
     try:
-        return GRPOConfig(
+        return kind(
             output_dir=output_dir,
             report_to=[],
             disable_tqdm=True,
             dataloader_pin_memory=gpu,
             reward_weights=weights,
             remove_unused_columns=False,
+            save_strategy="no",  # checkpoint.every decides
             **options,
         )
     except (ValueError, TypeError) as error:

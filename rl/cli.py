@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import rl
-from rl.errors import ConfigError, user_errors
+from rl.errors import CRASHED, LEFT, MISTAKE, REQUEUE, ConfigError, Stopped, user_errors
 
 HELP = """entrl {version}: GRPO for language models, looking at and acting on the entropy of every token
 
@@ -17,6 +18,10 @@ usage: entrl VERB [key=value ...] [--config-dir DIR]
   train   fine-tune a model with RL
             entrl train
             entrl train plugin=[fork_mask,steer] model=qwen2.5_0.5b data=gsm8k plugin.steer.w_min=0.8
+  resume  go on with a run that was stopped or killed, exactly, from its newest good checkpoint
+            entrl resume runs/NAME                           or entrl train resume=auto run.name=NAME ...
+  prepare check, and write the run folder that torchrun -m rl.rank RUN starts on any number of nodes
+            entrl prepare engine=zero3 engine.nodes=2 engine.processes=8 model=qwen3_8b_base data=math
   eval    sample a run folder, a saved model or a hub model on held-out problems
             entrl eval runs/NAME eval.samples=32 'eval.ks=[1,8,32]'
             entrl eval Qwen/Qwen2.5-0.5B 'eval.sets=[gsm8k,math500]'
@@ -40,7 +45,7 @@ experiments, experiment=NAME (add scale=tiny for the embedded model and task):
 
 Files of a run: runs/NAME/. ENTRL_DEBUG=1 shows tracebacks. Documentation: README.md and docs/."""
 
-VERBS = ("train", "eval", "doctor", "rewards", "show")
+VERBS = ("train", "resume", "prepare", "eval", "doctor", "rewards", "show")
 
 
 _VALUES = {"--cfg": "job", "--config-dir": "FOLDER", "--out": "FOLDER", "--rollouts": "32"}
@@ -85,7 +90,7 @@ def parse(argv: Sequence[str]) -> Arguments:
             raise ConfigError(f"{word} is no option of entrl {verb}. See entrl --help.")
         elif "=" in word or word.startswith("~"):
             overrides.append(word)
-        elif verb in ("eval", "rewards") and target is None:
+        elif verb in ("eval", "resume", "rewards") and target is None:
             target = word
         else:
             raise ConfigError(f"{word!r} is no override. Expected key=value, as trainer.max_steps=100.")
@@ -103,7 +108,7 @@ def parse(argv: Sequence[str]) -> Arguments:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; the exit code is 0, 2 for an error of the user's, 130 after Ctrl-C."""
+    """Run a command line; docs/resume.md lists the exit codes."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or {"-h", "--help", "help"} & set(argv):
         print(help_text())
@@ -111,16 +116,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[0] == "--version":
         print(f"entrl {rl.__version__}")
         return 0
+    return guarded(_run, argv)
+
+
+def guarded(work: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> int:
+    """What ``work(argv)`` returns, or the exit code of how it ended; an error of the user's is printed as one sentence."""
     try:
-        return _run(argv)
+        return work(argv)
     except KeyboardInterrupt:
         print("\nentrl: interrupted.", file=sys.stderr)
-        return 130
+        return LEFT
+    except Stopped as stopped:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"\nentrl: {stopped}. Exit code {REQUEUE}: start it again to go on.", file=sys.stderr)
+        return REQUEUE
     except Exception as error:
-        if os.environ.get("ENTRL_DEBUG") or not isinstance(error, user_errors()):
+        mine = isinstance(error, user_errors()) and not os.environ.get("ENTRL_DEBUG")
+        if "ENTRL_LAUNCHER" in os.environ:  # a rank: the launcher prints the error of the one that failed first
+            return MISTAKE if mine else CRASHED
+        if not mine:
             raise
         print(f"entrl: {error}", file=sys.stderr)
-        return 2
+        return MISTAKE
 
 
 def _run(argv: Sequence[str]) -> int:
@@ -132,6 +149,8 @@ def _run(argv: Sequence[str]) -> int:
 
     if arguments.verb == "doctor":
         return _doctor(arguments)
+    if arguments.verb == "resume":
+        return _resume(arguments)
     cfg = compose(arguments.overrides, arguments.config_dir)
     if arguments.cfg or (arguments.verb == "show" and arguments.full):
         print(OmegaConf.to_yaml(cfg), end="")
@@ -142,6 +161,10 @@ def _run(argv: Sequence[str]) -> int:
         from rl.train import run
 
         run(cfg, arguments.overrides, argv)
+    elif arguments.verb == "prepare":
+        from rl.prepare import prepare
+
+        print(prepare(cfg, arguments.overrides, argv, here=False))
     elif arguments.verb == "rewards":
         from rl.preflight.doctor import check_rewards
 
@@ -164,6 +187,18 @@ def _doctor(arguments: Arguments) -> int:
     for line in report.lines():
         print(line)
     return 2 if report.errors else 0
+
+
+def _resume(arguments: Arguments) -> int:
+    if arguments.target is None or arguments.overrides:
+        raise ConfigError(
+            "entrl resume takes a run folder and nothing else: entrl resume runs/NAME. With other settings: entrl train "
+            "resume=auto run.name=NAME ..."
+        )
+    from rl.train import resume
+
+    resume(Path(arguments.target))
+    return 0
 
 
 def _environment() -> None:

@@ -54,7 +54,13 @@ def compose(overrides: Sequence[str] = (), config_dir: str | None = None) -> Dic
         raise ConfigError(f"{error.full_key}: {_first_line(error)}.") from error
 
 
-_OPEN = ("trainer.", "data.columns.", "data.where.", "data.weights.")  # maps that take further keys
+_OPEN = (
+    "trainer.",
+    "engine.deepspeed.",
+    "data.columns.",
+    "data.where.",
+    "data.weights.",
+)  # maps that take further keys
 # Keys that hold whole data sets by name: a list of names stands for their files in configs/data/.
 _SETS = ("data.sets", "data.filter.decontaminate", "eval.sets")
 

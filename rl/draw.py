@@ -13,7 +13,8 @@ import pandas as pd
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from rl.errors import ConfigError
+from rl.errors import ConfigError, Stopped
+from rl.reduce import all_sum, any_rank, rank, world_size
 from rl.samples import Store
 from rl.scoring import score
 
@@ -90,12 +91,14 @@ def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[
 
 
 class Drawn(NamedTuple):
-    """How far a drawing is. Samples and tokens count what was drawn now, not what was there already."""
+    """How far a drawing is. Samples and tokens count what was drawn now, not what was there already, by all ranks: while it goes
+    on each is taken to do as much as this one."""
 
     batches: int
     of: int
     samples: int
     tokens: int
+    first: bool = False  # call of a drawing
 
 
 class _Batch(NamedTuple):
@@ -123,28 +126,49 @@ def draw(
     seed: int,
     store: Store | None = None,
     progress: Callable[[Drawn], None] | None = None,
-) -> pd.DataFrame:
+    stop: Callable[[], bool] = lambda: False,
+) -> pd.DataFrame | None:
     """``samples`` completions of every prompt (token ids): one row each, ordered by problem and sample.
 
+    Several ranks share the batches, and ``store`` is where the first one finds the others'; the others get None.
+
     A batch that ``store`` holds is taken from there, any other is put there as soon as it is drawn. Every batch has a random
-    state of its own, so a drawing that was interrupted ends with the samples it would have had. The model, its mode and
-    torch's random state are left as they were.
+    state of its own, so a drawing that was interrupted ends with the samples it would have had, in however many processes.
+    The model, its mode and torch's random state are left as they were.
+
+    Args:
+        stop: asked before each batch on every rank.
+
+    Raises:
+        Stopped: ``stop`` said so on some rank; what was drawn stays in ``store``.
     """
     batches, ends = plan([len(p) for p in prompts], decoding.batch_size, samples), end_ids(model, tokenizer)
-    frames, fresh, tokens = [], 0, 0
+    frames: dict[int, pd.DataFrame] = {}
+    fresh, tokens, world = 0, 0, world_size()
     with _undisturbed(model):
-        for number, batch in enumerate(batches):
-            frame = store.part(number) if store else None
+        for number in range(rank(), len(batches), world):
+            if stop():
+                break
+            batch, frame = batches[number], store.part(number) if store else None
             if frame is None:
                 torch.manual_seed(_batch_seed(seed, number))
                 frame = _draw_batch(model, tokenizer, prompts, batch, decoding, ends)
                 fresh, tokens = fresh + len(frame), tokens + int(frame["tokens"].sum())
                 if store:
                     store.keep(number, frame)
-            frames.append(frame)
+            frames[number] = frame
             if progress:
-                progress(Drawn(number + 1, len(batches), fresh, tokens))
-    return pd.concat(frames).sort_values(["problem", "sample"], ignore_index=True)
+                progress(Drawn(number + 1, len(batches), fresh * world, tokens * world, number == rank()))
+    if any_rank(stop(), model.device):  # also where every rank waits for the others' parts
+        raise Stopped("a signal while drawing completions")
+    drawn = all_sum(torch.tensor([fresh, tokens], device=model.device)).tolist()
+    if rank() > 0:
+        return None
+    if progress and world > 1:
+        progress(Drawn(len(batches), len(batches), *drawn))
+    for number in range(len(batches)):
+        frames[number] = frames[number] if number in frames else store.part(number)
+    return pd.concat(frames[n] for n in sorted(frames)).sort_values(["problem", "sample"], ignore_index=True)
 
 
 def _batch_seed(seed: int, number: int) -> int:
@@ -180,7 +204,8 @@ def _draw_batch(model, tokenizer, prompts, batch: _Batch, decoding: Decoding, en
     config = GenerationConfig(
         max_new_tokens=decoding.max_new_tokens, pad_token_id=pad, eos_token_id=ends or None, **decoding.options()
     )
-    full = model.generate(input_ids=ids, attention_mask=attention, generation_config=config)
+    # each rank draws batches of its own, with all weights at hand also under ZeRO-3, where generate would wait for the others
+    full = model.generate(input_ids=ids, attention_mask=attention, generation_config=config, synced_gpus=False)
     new = full[:, width:]
     end = torch.isin(new, torch.tensor(ends, dtype=new.dtype, device=new.device))
     ended = end.cumsum(-1)

@@ -1,5 +1,18 @@
 """Errors a user can act on: each says what is wrong, what was got, what is allowed and what to do. The CLI prints one and exits 2."""
 
+# Exit codes of every command that trains.
+DONE, CRASHED, MISTAKE, REQUEUE, LEFT = (
+    0,
+    1,
+    2,
+    85,
+    130,
+)  # 85: stopped with a checkpoint, start it again; 130: left at once
+
+
+class Stopped(Exception):
+    """A signal ended the run at a step boundary, with a checkpoint; not an error. The exit code is ``REQUEUE``."""
+
 
 class EntrlError(Exception):
     """Base of every error that is the user's to mend; also the matching built-in error."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -83,8 +83,12 @@ def evaluate_sets(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     path: str,
+    stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Evaluation]:
-    """Evaluate a model on every set, keeping the samples under ``names`` in ``folder``. Args: path: where the model is from."""
+    """Evaluate a model on every set, keeping the samples under ``names`` in ``folder``. Args: path: where the model is from.
+
+    Ranks above 0 help with the sampling and get nothing.
+    """
     weights = {
         "files": model_fact(path, getattr(model.config, "_commit_hash", None)),
         "dtype": str(model.dtype),
@@ -94,7 +98,7 @@ def evaluate_sets(
     found = {}
     for name, problems in sets.items():
         drawing, start = Drawing(f"eval {name}"), time.perf_counter()
-        found[name] = evaluate(
+        evaluation = evaluate(
             model,
             tokenizer,
             problems.heldout,
@@ -109,7 +113,11 @@ def evaluate_sets(
             strict_answers=problems.strict_answers,
             kept=Kept(folder, names[name], weights, lambda note, name=name: print(f"samples   {names[name]}: {note}")),
             progress=drawing,
+            stop=stop,
         )
+        if evaluation is None:
+            continue
+        found[name] = evaluation
         print(f"drawn     {names[name]}: {drawing.summary(time.perf_counter() - start)}")
     return found
 

@@ -53,7 +53,7 @@ class Drawing:
 
     def __call__(self, drawn: Drawn) -> None:
         now = time.perf_counter()
-        if drawn.batches == 1:  # the next drawing: greedy ones come after the samples
+        if drawn.first:  # the next drawing: greedy ones come after the samples
             self._start, self._found, self._before = self._last, 0, (self.samples, self.tokens)
         if drawn.samples == 0:  # found on disk: that says nothing about what is left
             self._start, self._found = now, drawn.batches

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rl.draw import Decoding, Drawn, draw, end_ids, prompt_ids
 from rl.errors import ConfigError
 from rl.estimators import bootstrap_interval, maj_at_k, pass_at_k
+from rl.reduce import barrier, rank
 from rl.samples import Store, fingerprint
 
 _DRAWN = ["problem", "sample", "completion", "tokens", "truncated", "mean_entropy", "token_entropy"]
@@ -46,10 +47,11 @@ class Kept:
     say: Callable[[str], None]
 
     def store(self, suffix: str, facts: Mapping[str, Any]) -> Store:
-        """For the samples that ``facts`` and the model determine, made ready."""
+        """For the samples that ``facts`` and the model determine, made ready by the first rank."""
         store = Store(self.folder / f"{self.name}{suffix}.parquet", {"model": self.model, **facts})
-        if note := store.prepare():
+        if rank() == 0 and (note := store.prepare()):
             self.say(note)
+        barrier()
         return store
 
 
@@ -69,8 +71,11 @@ def evaluate(
     strict_answers: Answers | None = None,
     kept: Kept | None = None,
     progress: Callable[[Drawn], None] | None = None,
-) -> Evaluation:
+    stop: Callable[[], bool] = lambda: False,
+) -> Evaluation | None:
     """Sample every problem, grade, and summarise. The model, its mode and torch's random state are left as they were.
+
+    Several ranks, which need ``kept``, share the sampling; the first one grades, and the others get None.
 
     Samples are the policy's own: generation defaults that a model brings (a repetition penalty, say) do not apply, and a
     completion ends where training ends it, at any end of text that the tokenizer or the model declares. With ``kept`` an
@@ -84,7 +89,7 @@ def evaluate(
     ``strict/extracted`` where there are strict functions. A sample is correct when its grade is at least 0.5.
 
     Raises:
-        ConfigError: no problem to evaluate, or a k larger than ``samples``.
+        ConfigError: no problem to evaluate, or a k larger than ``samples``. Stopped: ``stop``, asked before each batch, said so.
     """
     if not len(rows):
         raise ConfigError("There is no problem to evaluate on. Expected a held-out set with at least one row.")
@@ -92,13 +97,15 @@ def evaluate(
     prompts = [prompt_ids(tokenizer, row["prompt"]) for row in rows]
     facts = {"prompts": fingerprint(prompts), "end of text": end_ids(model, tokenizer)}
 
-    def graded(decoding: Decoding, samples: int, suffix: str) -> pd.DataFrame:
+    def graded(decoding: Decoding, samples: int, suffix: str) -> pd.DataFrame | None:
         random = {"samples": samples, "seed": seed} if decoding.temperature > 0 else {}
         facts_here = {**facts, **random, **asdict(decoding)}
         store = kept.store(suffix, facts_here) if kept else None
         frame = store.finished() if store else None
         if frame is None:
-            frame = draw(model, tokenizer, prompts, decoding, samples, seed, store, progress)
+            frame = draw(model, tokenizer, prompts, decoding, samples, seed, store, progress, stop)
+        if rank() > 0:
+            return None
         frame = _graded(frame[_DRAWN], rows, grader, answers, strict_grader, strict_answers)
         if store:
             store.finish(frame)
@@ -106,6 +113,8 @@ def evaluate(
 
     frame = graded(decoding, samples, "")
     once = graded(decoding.greedy(), 1, "_greedy") if greedy else None
+    if frame is None:
+        return None
     return Evaluation(summary(frame, once, samples, ks, seed), frame)
 
 

@@ -67,6 +67,11 @@ _OURS = {
     "report_to": "use logger=; TRL's own reports would count W&B steps wrongly",
     "top_entropy_quantile": "use plugin=[fork_mask] plugin.fork_mask.rho=",
     "run_name": "use run.name",
+    "save_strategy": "use checkpoint.every",
+    "save_steps": "use checkpoint.every",
+    "save_total_limit": "use checkpoint.keep_last",
+    "save_only_model": "a checkpoint is what a run resumes from",
+    "deepspeed": "use engine=zero2, zero3 or zero3_offload, and engine.deepspeed",
     "disable_tqdm": "the progress line takes its place",
 }
 

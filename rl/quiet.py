@@ -19,6 +19,7 @@ def quiet() -> None:
         ".*gradient_checkpointing.*deprecated.*",
         ".*torch.*pin_memory.*",
         ".*'rollout_func'.*experimental.*",  # trl 1.16
+        ".*(all_gather_into|reduce_scatter)_tensor.*deprecated.*",  # torch 2.13, called by deepspeed 0.19
     ):
         warnings.filterwarnings("ignore", message=message)
     for name in ("trl", "accelerate", "math_verify"):

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rl.errors import ConfigError, RunExistsError
 
@@ -50,7 +50,8 @@ def check_free(directory: Path, name: str, overwrite: bool) -> Path:
     folder = Path(directory) / name
     if folder.exists() and not overwrite:
         raise RunExistsError(
-            f"{folder} exists already. Give another run.name, or run.overwrite=true to move it aside to {name}.old-<n>."
+            f"{folder} exists already. Go on with it: resume=auto, give another run.name, or run.overwrite=true to move it "
+            f"aside to {name}.old-<n>."
         )
     return folder
 
@@ -76,7 +77,7 @@ def create(directory: Path, name: str, overwrite: bool) -> Path:
 
 def write_text(path: Path, text: str) -> None:
     """Write to a temporary name and rename, so that no reader ever sees half a file."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # several ranks may have something to say at once
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 
@@ -84,6 +85,11 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """:func:`write_text` of indented JSON."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What :func:`write_json` wrote; empty where there is no such file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def describe(folder: Path, config_yaml: str, overrides: Sequence[str], argv: Sequence[str], seed: int) -> None:
@@ -116,9 +122,25 @@ def update_manifest(folder: Path, values: Mapping[str, Any]) -> None:
     write_json(path, {**json.loads(path.read_text()), **values})
 
 
-def finish(folder: Path, failure: str | None = None) -> None:
-    """Leave DONE, or FAILED with the reason in it."""
-    write_text(folder / ("DONE" if failure is None else "FAILED"), f"{failure or ''}\n")
+_MARKERS = {"DONE": "done", "FAILED": "failed", "STOPPED": "stopped"}
+
+
+def finish(folder: Path, marker: Literal["DONE", "FAILED", "STOPPED"], reason: str = "") -> None:
+    """Leave DONE, FAILED or STOPPED, the reason in it, and no other of them."""
+    write_text(folder / marker, f"{reason}\n")
+    for other in _MARKERS.keys() - {marker}:
+        (folder / other).unlink(missing_ok=True)
+
+
+def reopen(folder: Path) -> None:
+    """Take the markers of an earlier end away: the run goes on."""
+    for marker in _MARKERS:
+        (folder / marker).unlink(missing_ok=True)
+
+
+def state(folder: Path) -> Literal["done", "failed", "stopped", "open"]:
+    """How a run ended; open: it goes on, was never started, or was killed hard."""
+    return next((word for marker, word in _MARKERS.items() if (Path(folder) / marker).is_file()), "open")
 
 
 def _version(package: str) -> str | None:

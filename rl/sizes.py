@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
+from transformers.integrations import deepspeed as hf_deepspeed
 
 from rl.errors import ConfigError
 
@@ -71,9 +73,20 @@ def lora_parameters(config: Any, rank: int, targets: str | Sequence[str] = "all-
     return sum(n for _, n in trained), sum("lora_A" in name for name, _ in trained)
 
 
+@contextmanager
+def _without_zero3() -> Iterator[None]:
+    """In a rank of ZeRO-3 transformers would spread the weights of every model it makes, and there are none on meta."""
+    active = hf_deepspeed._hf_deepspeed_config_weak_ref
+    hf_deepspeed._hf_deepspeed_config_weak_ref = None
+    try:
+        yield
+    finally:
+        hf_deepspeed._hf_deepspeed_config_weak_ref = active
+
+
 def _on_meta(config: Any) -> torch.nn.Module:
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _without_zero3():
             return AutoModelForCausalLM.from_config(config)
     except (ValueError, AttributeError) as error:
         reason = str(error).splitlines()[0].rstrip(".")

@@ -1,128 +1,256 @@
-"""The composition root: one training run, or one evaluation, from a resolved configuration."""
+"""The composition root: one training run from a resolved configuration, and what each of its processes does."""
 
 from __future__ import annotations
 
+import os
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from transformers import set_seed
+from transformers import PreTrainedModel, set_seed
 
 from rl import build, rundir
 from rl.callbacks.alarm import NoOpAlarm
-from rl.callbacks.progress import Progress, show_sample, show_table
+from rl.callbacks.progress import Progress, show_sample
+from rl.callbacks.stop import StopAtBoundary
+from rl.checkpoint import Checkpoints, rewind
 from rl.dynamics import Dynamics
-from rl.errors import ConfigError
+from rl.engine import Engine, engine, enter, whole
+from rl.errors import ConfigError, Stopped
 from rl.eval_run import evaluate_sets, training_sets
 from rl.evaluate import Evaluation
+from rl.farewell import farewell, flat_metrics, show_evaluations
 from rl.preflight.brief import Ready, before_training
+from rl.prepare import check, read, to_resume, write
 from rl.quiet import quiet
+from rl.rank import attempt
 from rl.recorder import Recorder
-from rl.tracking import Tracker, resolve_mode, without_secrets
+from rl.reduce import barrier, from_first, leave, rank
+from rl.rundir import state
+from rl.stop import StopSignal
+from rl.tracking import Tracker, resolve_mode
 from rl.trainer import EntropyTrainer
 
 
 def run(cfg: DictConfig, overrides: Sequence[str], argv: Sequence[str]) -> Path | None:
     """Train as ``cfg`` says and return the run folder; None for a dry run, which does everything up to the training.
 
-    Everything that can be wrong with the configuration, the data and the rewards is found before the folder is made.
+    Everything that can be wrong with the configuration, the data and the rewards is found before the folder is made. One process
+    trains in place; for several this process becomes the launcher and does not return.
+
+    Raises:
+        Stopped: a signal ended the run, with a checkpoint.
     """
     quiet()
     started = time.perf_counter()
+    folder = to_resume(cfg)
+    if folder is not None:
+        return resume(folder, cfg.trainer.max_steps)
+    found = engine(cfg)
+    in_place = found.world == 1 and found.deepspeed is None
     build.use_threads(cfg.engine.threads)
-    mode = resolve_mode(cfg.logger.mode)
-    ready = before_training(cfg)
+    ready = check(cfg)
     set_seed(cfg.seed)
-    sets = training_sets(cfg, ready.problems, ready.tokenizer)
-    name = cfg.run.name or rundir.run_name(cfg.model.name, cfg.data.name, list(cfg.plugin), cfg.seed)
-    rundir.check_free(Path(cfg.run.dir), name, cfg.run.overwrite)
-    model = build.language_model(ready.path, cfg.model)
-    sampler = build.sampler(cfg, model, ready.args, ready.pipeline)
-    print(f"model     {cfg.model.path}, {model.num_parameters() / 1e6:.1f} M parameters")
-    print(f"data      {ready.problems.describe()}")
-    print(f"plug-ins  {', '.join(cfg.plugin) or 'none: plain GRPO'}")
-    print(f"batch     {ready.algebra.describe()}")
-    for advice in ready.advice:
-        print(f"advice    {advice}")
+    # several processes load their own, and this one would keep memory of the first GPU
+    model = build.language_model(ready.path, cfg.model) if in_place else None
+    if in_place:
+        build.sampler(cfg, model, ready.args, ready.pipeline)
+    _announce(cfg, found, ready, model)
     if cfg.dry_run:
         print("dry run: everything is in order, nothing was trained or written.")
         return None
-    folder = rundir.create(Path(cfg.run.dir), name, cfg.run.overwrite)
-    public = without_secrets(OmegaConf.to_container(cfg))
-    rundir.describe(folder, OmegaConf.to_yaml(OmegaConf.create(public)), overrides, argv, cfg.seed)
-    print(f"run       {folder}\n")
-    ready.args.output_dir = str(folder / "checkpoints")
-    with (
-        _recorded_end(folder),
-        Tracker(
-            folder,
-            project=cfg.logger.project,
-            entity=cfg.logger.entity,
-            mode=mode,
-            name=name,
-            group=cfg.run.group,
-            tags=list(cfg.plugin) or ["grpo"],
-            config=public,
-        ) as tracker,
-    ):
-        rundir.update_manifest(folder, {"wandb_id": tracker.id})
-        summary = _train(cfg, folder, tracker, model, ready, sets, sampler, started)
-        _farewell(folder, tracker, summary, next(iter(sets)))
+    folder = write(cfg, overrides, argv, found)
+    print(f"run       {folder}\n", flush=True)
+    if not in_place:
+        _become_the_launcher(folder)
+    with StopSignal() as stop, attempt(folder, 0, redirect=False):
+        _train_and_mark(folder, read(folder), ready, stop, model, started)
     return folder
 
 
-def _train(cfg, folder, tracker, model, ready: Ready, sets, sampler, started) -> dict[str, Any]:
-    problems, tokenizer, main = ready.problems, ready.tokenizer, next(iter(sets))
-    seconds = {"warmstart": 0.0, "train": 0.0, "eval": 0.0}
-    before = _evaluate(cfg, sets, folder, "before", model, tokenizer, ready.path, seconds) if cfg.eval.before else {}
-    recorder = Recorder(folder / "rollouts", every=cfg.record.every, max_rows=cfg.record.max_rows)
+def resume(folder: Path, max_steps: int | None = None) -> Path:
+    """Go on with a run folder from its newest good checkpoint, in this process or as the launcher of several.
 
+    Args:
+        max_steps: what the run is to have in the end; a run that is done and has it is left alone.
+    """
+    cfg = read(folder)
+    if state(folder) == "done" and _steps(folder) >= (max_steps or cfg.trainer.max_steps):
+        print(f"{folder} is finished: {_steps(folder)} steps. Nothing to do.")
+        return folder
+    if cfg.engine.processes * cfg.engine.nodes > 1 or cfg.engine.deepspeed:
+        _become_the_launcher(folder)
+    with StopSignal() as stop, attempt(folder, 0, redirect=False):
+        work(folder, stop)
+    return folder
+
+
+def _steps(folder: Path) -> int:
+    return rundir.read_json(folder / "summary.json").get("steps", 0)
+
+
+def _become_the_launcher(folder: Path) -> None:
+    """This process goes on as the launcher, so that nothing it has loaded stays in memory."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    environ = {**os.environ, "PYTHONSAFEPATH": "1"}  # a folder called data in the current one would hide ours
+    os.execve(sys.executable, [sys.executable, "-m", "rl.launch", str(folder)], environ)
+
+
+def work(folder: Path, stop: StopSignal) -> None:
+    """What one rank does of the run that ``folder`` was prepared for, from the newest good checkpoint if there is one.
+
+    Raises:
+        Stopped: a signal ended the run, with a checkpoint. ConfigError: what only this machine could tell.
+    """
+    quiet()
+    started = time.perf_counter()
+    cfg = read(folder)
+    enter(folder, engine(cfg, here=False))
+    build.use_threads(cfg.engine.threads)
+    try:
+        ready = before_training(cfg, new=False)
+        set_seed(cfg.seed)
+        model = build.language_model(ready.path, cfg.model)
+        _train_and_mark(folder, cfg, ready, stop, model, started)
+    finally:
+        leave()
+
+
+def _announce(cfg: DictConfig, found: Engine, ready: Ready, model: PreTrainedModel | None) -> None:
+    size = f", {model.num_parameters() / 1e6:.1f} M parameters" if model is not None else ""
+    print(f"model     {cfg.model.path}{size}")
+    print(f"data      {ready.problems.describe()}")
+    print(f"plug-ins  {', '.join(cfg.plugin) or 'none: plain GRPO'}")
+    print(f"batch     {ready.algebra.describe()}")
+    if found.world > 1 or found.deepspeed:
+        print(f"engine    {found.describe()}")
+    for advice in ready.advice:
+        print(f"advice    {advice}")
+
+
+def _train_and_mark(folder, cfg, ready: Ready, stop: StopSignal, model, started: float) -> None:
+    """Train; whatever happens, the folder says how the run ended."""
+    if rank() == 0:
+        rundir.reopen(folder)
+    try:
+        _train_in(folder, cfg, ready, stop, model, started)
+    except Stopped as stopped:
+        if rank() == 0:
+            rundir.finish(folder, "STOPPED", f"{stopped}; go on: entrl resume {folder}")
+        raise
+    except BaseException as error:
+        # the first rank to fail says why; the others then fail of its absence
+        if state(folder) == "open":
+            rundir.finish(folder, "FAILED", f"{type(error).__name__}: {error}")
+        raise
+    if rank() == 0:
+        rundir.finish(folder, "DONE")
+
+
+def _train_in(folder: Path, cfg, ready: Ready, stop: StopSignal, model, started: float) -> None:
+    sets = training_sets(cfg, ready.problems, ready.tokenizer)
+    ready.args.output_dir = str(folder / "checkpoints")
+    checkpoints = Checkpoints(folder / "checkpoints", **cfg.checkpoint)
+    newest = from_first(checkpoints.newest_good(ready.algebra.world) if rank() == 0 else None)
+    if rank() == 0:
+        rewind(folder, int(newest.name.rpartition("-")[2]) if newest else 0)
+        if newest:
+            print(f"resumes   {newest}", flush=True)
+    recorder = Recorder(folder / "rollouts", every=cfg.record.every, max_rows=cfg.record.max_rows, rank=rank())
+    with _tracker(folder, cfg) as tracker:
+        trainer = _trainer(cfg, ready, model, recorder, checkpoints, tracker)
+        trainer.add_callback(StopAtBoundary(stop, trainer.accelerator.device))
+        summary = _evaluate_and_train(cfg, folder, trainer, ready, sets, stop, newest, started)
+        if tracker is not None:
+            where = tracker.where
+            tracker.finish(flat_metrics(summary, next(iter(sets))))
+            farewell(folder, where, summary)
+
+
+@contextmanager
+def _tracker(folder: Path, cfg: DictConfig) -> Iterator[Tracker | None]:
+    """The first rank's log; the others have none."""
+    if rank() > 0:
+        yield None
+        return
+    with Tracker(
+        folder,
+        project=cfg.logger.project,
+        entity=cfg.logger.entity,
+        mode=resolve_mode(cfg.logger.mode),
+        name=cfg.run.name,
+        group=cfg.run.group,
+        tags=list(cfg.plugin) or ["grpo"],
+        config=OmegaConf.to_container(cfg),
+        run_id=rundir.read_json(folder / "manifest.json").get("wandb_id"),
+    ) as tracker:
+        rundir.update_manifest(folder, {"wandb_id": tracker.id})
+        yield tracker
+
+
+def _trainer(cfg, ready: Ready, model, recorder: Recorder, checkpoints, tracker: Tracker | None) -> EntropyTrainer:
     def samples(step: int, metrics, histograms) -> None:
         if recorder.due(step):
             rows = recorder.sample(cfg.record.show)
             show_sample(step, rows)
             tracker.table(step, "rollouts", rows)
 
-    trainer = EntropyTrainer(
+    return EntropyTrainer(
         model=model,
         reward_funcs=ready.rewards,
         args=ready.args,
-        train_dataset=problems.train,
-        processing_class=tokenizer,
+        train_dataset=ready.problems.train,
+        processing_class=ready.tokenizer,
         peft_config=build.peft_config(cfg),
         pipeline=ready.pipeline,
-        dynamics=Dynamics(before[main].metrics["entropy/p80"] if before else None),
+        dynamics=Dynamics(None),
         recorder=recorder,
-        sinks=[tracker.log, Progress(ready.args.max_steps), samples, NoOpAlarm()],
-        answers=problems.answers,
-        sampler=sampler,
+        checkpoints=checkpoints,
+        sinks=[] if tracker is None else [tracker.log, Progress(ready.args.max_steps), samples, NoOpAlarm()],
+        answers=ready.problems.answers,
+        sampler=build.sampler(cfg, model, ready.args, ready.pipeline),
         train_share=cfg.rollout.train_share,
     )
+
+
+def _evaluate_and_train(cfg, folder, trainer, ready: Ready, sets, stop, newest: Path | None, started) -> dict[str, Any]:
+    seconds, main = {"warmstart": 0.0, "train": 0.0, "eval": 0.0}, next(iter(sets))
+
+    def evaluated(when: str, path: str) -> dict[str, Evaluation]:
+        start = time.perf_counter()
+        names = {name: when if len(sets) == 1 else f"{when}_{name}" for name in sets}
+        with whole(trainer.model_wrapped, trainer.accelerator) as model:
+            found = evaluate_sets(cfg, sets, folder / "eval", names, model, ready.tokenizer, path, lambda: bool(stop))
+        seconds["eval"] += time.perf_counter() - start
+        return found
+
+    before = evaluated("before", ready.path) if cfg.eval.before else {}
+    trainer.dynamics.reference_p80 = from_first(before[main].metrics["entropy/p80"] if before else None)
     set_seed(cfg.seed)  # the same rollouts whether or not the model was evaluated before
     start = time.perf_counter()
-    trainer.train()
+    trainer.train(resume_from_checkpoint=str(newest) if newest else None)
     seconds["train"] = time.perf_counter() - start
+    step, end = trainer.state.global_step, ready.args.max_steps
+    if stop.agreed and step < end:
+        raise Stopped(f"{stop} at step {step} of {end}")
     final = str(folder / "checkpoints" / "final")
     trainer.save_model(final)
-    if problems.size is None and trainer.state.global_step < ready.args.max_steps:
+    if ready.problems.size is None and step < end:
         raise ConfigError(
-            f"data={cfg.data.name} ended after {trainer.state.global_step} of {ready.args.max_steps} steps: a stream is shorter than one "
-            "rollout takes. Loosen data.filter, or set data.streaming=false."
+            f"data={cfg.data.name} ended after {step} of {end} steps: a stream is shorter than one rollout takes. Loosen "
+            "data.filter, or set data.streaming=false."
         )
-    trained = trainer.accelerator.unwrap_model(trainer.model)
-    after = _evaluate(cfg, sets, folder, "after", trained, tokenizer, final, seconds) if cfg.eval.after else {}
+    barrier()
+    after = evaluated("after", final) if cfg.eval.after else {}
     seconds["total"] = time.perf_counter() - started
-    print()
     metrics = {
         name: {when: e[name].metrics for when, e in (("before", before), ("after", after)) if e} for name in sets
     }
-    for name, of_set in metrics.items():
-        if of_set:
-            title = f"{len(sets[name].heldout)} held-out problems of {name}"
-            show_table(of_set.get("before"), of_set.get("after"), title)
     summary = {
         "eval": metrics[main],
         **({"sets": metrics} if len(sets) > 1 else {}),
@@ -130,45 +258,9 @@ def _train(cfg, folder, tracker, model, ready: Ready, sets, sampler, started) ->
         "tokens_per_second": trainer.meter.tokens_per_second(),
         "plugins": list(cfg.plugin),
         "seed": cfg.seed,
-        "steps": trainer.state.global_step,
+        "steps": step,
     }
-    rundir.write_json(folder / "summary.json", summary)
+    if rank() == 0:
+        show_evaluations(metrics, {name: len(problems.heldout) for name, problems in sets.items()})
+        rundir.write_json(folder / "summary.json", summary)
     return summary
-
-
-def _evaluate(cfg, sets, folder: Path, when: str, model, tokenizer, path: str, seconds) -> dict[str, Evaluation]:
-    start = time.perf_counter()
-    names = {name: when if len(sets) == 1 else f"{when}_{name}" for name in sets}
-    found = evaluate_sets(cfg, sets, folder / "eval", names, model, tokenizer, path)
-    seconds["eval"] += time.perf_counter() - start
-    return found
-
-
-@contextmanager
-def _recorded_end(folder: Path):
-    """Whatever happens, the folder says how the run ended."""
-    try:
-        yield
-    except BaseException as error:
-        rundir.finish(folder, f"{type(error).__name__}: {error}")
-        raise
-    rundir.finish(folder)
-
-
-def _farewell(folder: Path, tracker: Tracker, summary: Mapping[str, Any], main: str) -> None:
-    flat = {
-        f"eval/{name}/{'before/' if when == 'before' else ''}{k}": v
-        for name, of_set in summary.get("sets", {main: summary["eval"]}).items()
-        for when, metrics in of_set.items()
-        for k, v in metrics.items()
-    }
-    where = tracker.where
-    tracker.finish(flat)
-    s = summary["seconds"]
-    print(f"\n{summary['steps']} steps in {s['train']:.0f} s, evaluation {s['eval']:.0f} s, {s['total']:.0f} s in all")
-    print(f"run folder  {folder}  (metrics.jsonl, summary.json, rollouts/, eval/, checkpoints/final)")
-    if where is not None:
-        print(f"W&B         {where}")
-    print(f"next        entrl eval {folder}")
-    print("            entrl train plugin=[]             plain GRPO, to compare: watch H fall")
-    print("            entrl train plugin=[steer]        another method; entrl --help lists them")

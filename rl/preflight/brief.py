@@ -32,15 +32,29 @@ class Ready(NamedTuple):
     advice: list[str]
 
 
-def before_training(cfg: DictConfig) -> Ready:
-    """Make everything but the model.
+def settings_only(cfg: DictConfig) -> None:
+    """What can be told without the machine the run will be on, without data and weights.
 
     Raises:
         ConfigError: all that stops the run, a line each.
     """
     section = Section("before training")
-    pipeline, args = settings.check_settings(cfg, section)
-    algebra = None if args is None else batch_algebra(cfg.trainer, settings.world())
+    settings.check_settings(cfg, section, here=False)
+    _raise(section)
+
+
+def before_training(cfg: DictConfig, new: bool = True) -> Ready:
+    """Make everything but the model.
+
+    Args:
+        new: the run folder must not be there yet.
+
+    Raises:
+        ConfigError: all that stops the run, a line each.
+    """
+    section = Section("before training")
+    pipeline, args = settings.check_settings(cfg, section, new)
+    algebra = None if args is None else batch_algebra(cfg.trainer, settings.world(cfg))
     if algebra is not None:
         settings.check_batch(cfg, section, pipeline, args)
     path, tokenizer = settings.model_path(cfg, section)
@@ -56,8 +70,12 @@ def before_training(cfg: DictConfig) -> Ready:
     if not section.errors:
         longest = tasks.check_prompts(cfg, section, found, tokenizer, context_of(config))
         check_memory(cfg, section, config, args, pipeline, longest)
+    _raise(section)
+    return Ready(pipeline, args, algebra, path, tokenizer, found, functions, section.advice)
+
+
+def _raise(section: Section) -> None:
     if len(section.errors) == 1:
         raise ConfigError(section.errors[0])
     if section.errors:
         raise ConfigError(f"{len(section.errors)} things to mend:\n" + "\n".join(f"  x {e}" for e in section.errors))
-    return Ready(pipeline, args, algebra, path, tokenizer, found, functions, section.advice)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from omegaconf import DictConfig
@@ -11,6 +12,7 @@ from transformers import AutoConfig, PretrainedConfig
 from trl import GRPOConfig
 
 from rl import build
+from rl.engine import engine
 from rl.machine import machine
 from rl.memory import estimate
 from rl.options import batch_algebra
@@ -60,7 +62,7 @@ def examine(overrides: Sequence[str], config_dir: str | None, rollouts: int) -> 
             longest = tasks.check_prompts(cfg, section, found, tokenizer, config and context_of(config))
             tasks.check_unknown_words(section, found, tokenizer)
             if args is not None:
-                tasks.check_size(section, found, batch_algebra(cfg.trainer, settings.world()))
+                tasks.check_size(section, found, batch_algebra(cfg.trainer, settings.world(cfg)))
     with report.section("rewards") as section:
         if found is not None:
             tasks.check_columns(cfg, section, found)
@@ -71,7 +73,7 @@ def examine(overrides: Sequence[str], config_dir: str | None, rollouts: int) -> 
             check_memory(cfg, section, config, args, pipeline, longest)
     with report.section("plug-ins") as section:
         if args is not None and pipeline.plugins:
-            settings.check_plugins(section, pipeline, batch_algebra(cfg.trainer, settings.world()).on_policy)
+            settings.check_plugins(section, pipeline, batch_algebra(cfg.trainer, settings.world(cfg)).on_policy)
     if rollouts:
         with report.section("rollouts") as section:
             if report.errors:
@@ -99,8 +101,10 @@ def check_memory(
     cfg: DictConfig, section: Section, config: PretrainedConfig, args: GRPOConfig, pipeline: Pipeline, longest: int
 ) -> None:
     """What the run will hold at its peak against what the machine has."""
-    gpu = torch.cuda.is_available()
+    gpu, found_engine = torch.cuda.is_available(), engine(cfg)
     here = machine(".")
+    if not gpu:  # the processes of a node share its memory
+        here = replace(here, ram_available=here.ram_available // found_engine.processes)
     rollout = cfg.rollout.backend if cfg.rollout.backend != "vllm" else f"vllm_{args.vllm_mode}"
     dtype = cfg.model.dtype if cfg.model.dtype != "auto" else str(config.dtype or "float32").removeprefix("torch.")
     lora = cfg.peft if cfg.peft and cfg.peft.get("_target_") == _LORA else None
@@ -123,6 +127,9 @@ def check_memory(
         lora_targets=lora.target_modules if lora else "all-linear",
         beta=args.beta,
         full_kl="full_kl" in pipeline.needs,
+        world=found_engine.world,
+        zero_stage=found_engine.stage,
+        offload=found_engine.offload,
         vllm_gpu_memory_utilization=args.vllm_gpu_memory_utilization if args.use_vllm else 0.0,
         machine=here,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from trl import GRPOConfig
 
 from rl import build, rundir
 from rl.config import compose, gate_order, reward_gates
+from rl.engine import check_gpus, engine
 from rl.errors import ConfigError, MissingError
 from rl.eval_run import check_engine
 from rl.groups import run_facts, trained_of_group
@@ -55,13 +55,25 @@ def _first_wrong(overrides: Sequence[str], config_dir: str | None, section: Sect
     raise AssertionError("overrides that compose one after the other do not compose together")
 
 
-def world() -> int:
-    """Processes of this run."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+def world(cfg: DictConfig) -> int:
+    """Processes of the run; 1 while nobody can tell, which is an error of its own."""
+    try:
+        return engine(cfg).world
+    except ConfigError:
+        return 1
 
 
-def check_settings(cfg: DictConfig, section: Section) -> tuple[Pipeline | None, GRPOConfig | None]:
-    """Everything that is made from ``cfg`` without data or weights; what could be made is returned."""
+def check_settings(
+    cfg: DictConfig, section: Section, new: bool = True, here: bool = True
+) -> tuple[Pipeline | None, GRPOConfig | None]:
+    """Everything that is made from ``cfg`` without data or weights; what could be made is returned.
+
+    Args:
+        new: the run folder must not be there yet. here: the run will be on this machine.
+    """
+    found = section.attempt(engine, cfg, here)
+    if found is not None and new and here:  # srun may show a rank its own GPU only
+        section.attempt(check_gpus, found)
     plugins = {name: section.attempt(build.make, f"plugin.{name}", node) for name, node in cfg.plugin.items()}
     good = {name: plugin for name, plugin in plugins.items() if plugin is not None}
     pipeline = section.attempt(Pipeline, good)
@@ -69,7 +81,7 @@ def check_settings(cfg: DictConfig, section: Section) -> tuple[Pipeline | None, 
     for flaw in flaws:
         section.error(flaw)
     if not flaws:  # the numbers are numbers
-        section.attempt(batch_algebra, cfg.trainer, world())
+        section.attempt(batch_algebra, cfg.trainer, world(cfg))
     _check_rewards(cfg, section)
     section.attempt(build.decoding, cfg)
     section.attempt(check_engine, cfg, True)
@@ -78,13 +90,13 @@ def check_settings(cfg: DictConfig, section: Section) -> tuple[Pipeline | None, 
     section.attempt(build.peft_config, cfg)
     section.attempt(build.use_threads, cfg.engine.threads)
     _check_kinds(cfg, section)
-    if isinstance(cfg.run.name, str):
+    if new and isinstance(cfg.run.name, str):
         section.attempt(rundir.check_free, Path(cfg.run.dir), cfg.run.name, cfg.run.overwrite)
-    if cfg.trainer.get("bf16") and not torch.cuda.is_available():
+    if here and cfg.trainer.get("bf16") and not torch.cuda.is_available():
         section.error("trainer.bf16=true needs a GPU that was not found. Leave it null: on with a GPU, off without.")
     if section.errors:
         return pipeline, None
-    args = section.attempt(build.grpo_config, cfg, str(Path(cfg.run.dir) / "unused"), _weights(cfg))
+    args = section.attempt(build.grpo_config, cfg, str(Path(cfg.run.dir) / "unused"), _weights(cfg), world(cfg))
     if args is not None:
         section.attempt(build.check_backend, cfg.rollout.backend, args)
         section.attempt(trained_of_group, cfg.rollout.train_share, args)
@@ -135,7 +147,7 @@ def _weights(cfg: DictConfig) -> list[float]:
 
 def check_batch(cfg: DictConfig, section: Section, pipeline: Pipeline | None, args: GRPOConfig | None) -> None:
     """The batch algebra as a table, and what it means for the plug-ins."""
-    algebra = batch_algebra(cfg.trainer, world())
+    algebra = batch_algebra(cfg.trainer, world(cfg))
     for line in algebra.table(cfg.trainer.max_completion_length):
         section.fact(line)
     per_rollout, per_update = algebra.steps_per_generation, algebra.accumulation
@@ -146,7 +158,7 @@ def check_batch(cfg: DictConfig, section: Section, pipeline: Pipeline | None, ar
         )
     if pipeline is None or args is None:
         return
-    for advice in pipeline.check(run_facts(args, world())):
+    for advice in pipeline.check(run_facts(args, world(cfg))):
         section.advise(advice)
     if cfg.rollout.backend == "vllm" and (cfg.trainer.top_p < 1 or args.top_k or args.min_p):
         section.advise(

@@ -31,7 +31,7 @@ def drawn_by(monkeypatch, terminal, seconds, of=10, found=0):
     for batch in range(1, of + 1):
         fresh = max(0, batch - found)
         now[0] += seconds if fresh else 0
-        drawing(Drawn(batch, of, 4 * fresh, 40 * fresh))
+        drawing(Drawn(batch, of, 4 * fresh, 40 * fresh, batch == 1))
     monkeypatch.undo()
     return drawing, out.text
 
@@ -57,7 +57,7 @@ def test_what_was_found_on_disk_does_not_count_as_speed(monkeypatch):
 
 def test_the_greedy_samples_that_follow_are_counted_too(monkeypatch):
     drawing = Drawing("it")
-    for drawn in (Drawn(1, 2, 4, 40), Drawn(2, 2, 8, 80), Drawn(1, 1, 2, 20)):
+    for drawn in (Drawn(1, 2, 4, 40, True), Drawn(2, 2, 8, 80), Drawn(1, 1, 2, 20, True)):
         drawing(drawn)
     assert (drawing.samples, drawing.tokens) == (10, 100)
 

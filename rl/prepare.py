@@ -1,0 +1,100 @@
+"""From a configuration to a run folder that any launcher can start: ``rl.launch``, torchrun or srun."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from rl import rundir
+from rl.config import differences
+from rl.engine import Engine, engine, write_deepspeed
+from rl.errors import CheckpointError, ConfigError
+from rl.preflight.brief import Ready, before_training, settings_only
+from rl.tracking import without_secrets
+
+
+def prepare(cfg: DictConfig, overrides: Sequence[str], argv: Sequence[str], here: bool = True) -> Path:
+    """Check ``cfg`` and write the folder of a new run.
+
+    Args:
+        overrides, argv: what was typed, to be kept. here: whether the run will be on this machine; if not, only what any machine can tell
+            is checked, and the ranks check the rest.
+
+    Raises:
+        ConfigError: what stops the run, a line each. RunExistsError: the name is taken.
+    """
+    check(cfg, here)
+    return write(cfg, overrides, argv, engine(cfg, here))
+
+
+def check(cfg: DictConfig, here: bool = True) -> Ready | None:
+    """Everything that would stop the run, found before anything is written; what was made for it, where it is ``here``."""
+    name = cfg.run.name
+    if isinstance(name, str):
+        rundir.check_free(Path(cfg.run.dir), name, cfg.run.overwrite)
+    if here:
+        return before_training(cfg)
+    settings_only(cfg)
+    return None
+
+
+def write(cfg: DictConfig, overrides: Sequence[str], argv: Sequence[str], found: Engine) -> Path:
+    """Write the run folder: config.yaml with name and processes filled in, and what else says what will run."""
+    name = cfg.run.name or rundir.run_name(cfg.model.name, cfg.data.name, list(cfg.plugin), cfg.seed)
+    filled = OmegaConf.merge(cfg, {"run": {"name": name}, "engine": {"processes": found.processes}})
+    folder = rundir.create(Path(cfg.run.dir), name, cfg.run.overwrite)
+    public = OmegaConf.create(without_secrets(OmegaConf.to_container(filled)))
+    rundir.describe(folder, OmegaConf.to_yaml(public), overrides, argv, cfg.seed)
+    write_deepspeed(folder, found)
+    return folder
+
+
+def read(folder: Path) -> DictConfig:
+    """The configuration of a run folder.
+
+    Raises:
+        CheckpointError: it is no run folder.
+    """
+    path = Path(folder) / "config.yaml"
+    if not path.is_file() or not (Path(folder) / "manifest.json").is_file():
+        raise CheckpointError(f"{folder} is no run folder: config.yaml and manifest.json are not both there.")
+    return OmegaConf.load(path)
+
+
+# what may differ when a run goes on: nothing of it changes what is computed
+_FREE = ("run.", "resume", "logger.", "record.", "checkpoint.", "slurm.", "launcher.", "dry_run", "trainer.max_steps")
+
+
+def to_resume(cfg: DictConfig) -> Path | None:
+    """The run folder to go on with under ``resume=auto``, its configuration brought up to date; None for a new run.
+
+    Raises:
+        ConfigError: resume without a name, or with settings that would make it another run.
+    """
+    if cfg.resume not in ("never", "auto"):
+        raise ConfigError(f"resume={cfg.resume} is not known. Expected auto or never.")
+    if cfg.resume == "never":
+        return None
+    if not isinstance(cfg.run.name, str):
+        raise ConfigError("resume=auto does not know which run. Give its name: run.name=...")
+    folder = Path(cfg.run.dir) / cfg.run.name
+    if not folder.exists():
+        return None
+    before = read(folder)
+    filled = cfg.copy()
+    if cfg.engine.processes is None:
+        filled.engine.processes = before.engine.processes
+    public = OmegaConf.create(without_secrets(OmegaConf.to_container(filled)))
+    changed = differences(public, before)
+    if others := [key for key in changed if not key.startswith(_FREE)]:
+        old, new = changed[others[0]]
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        raise ConfigError(
+            f"{folder} was started with {others[0]}={old}, not {new}{more}. Give the same settings, or another run.name, or go on as it "
+            f"was: entrl resume {folder}."
+        )
+    if changed:
+        rundir.write_text(folder / "config.yaml", OmegaConf.to_yaml(public))
+    return folder
