@@ -26,6 +26,17 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """Of this process; 0 without a process group."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if world_size() > 1:
+        dist.barrier()
+
+
 def all_sum(x: Tensor) -> Tensor:
     """Sum of ``x`` over ranks; every rank must call it."""
     x = x.detach().clone()
