@@ -20,8 +20,10 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 from rl.checkpoint import Checkpoints, check_processes, manifest_of
-from rl.errors import ConfigError, SaveError
-from rl.reduce import barrier, rank, world_size
+from rl.errors import CheckpointError, ConfigError, SaveError
+from rl.reduce import barrier, gather, rank, world_size
+
+_SHARED = "Put run.dir on a file system that all nodes share."
 
 
 class ResumableTrainer(GRPOTrainer):
@@ -55,7 +57,7 @@ class ResumableTrainer(GRPOTrainer):
 
         Raises:
             ConfigError: the checkpoint is of other processes, another engine, other batches or data.
-            CheckpointError: it is none of entrl's. SaveError: a checkpoint could not be written.
+            CheckpointError: it is none of entrl's, or the ranks have different ones. SaveError: a checkpoint could not be written.
         """
         step = 0
         if resume_from_checkpoint is not None:
@@ -63,6 +65,9 @@ class ResumableTrainer(GRPOTrainer):
             step = manifest_of(path)["step"]
             check_processes(path, world_size())
             check_facts(path, self._facts())
+        steps = gather(torch.tensor([step], device=self.accelerator.device))[0].tolist()
+        if len(set(steps)) > 1:
+            raise CheckpointError(f"the processes would go on from different steps ({steps}). {_SHARED}")
         if rank() == 0:
             self.checkpoints.start(step)
         return super().train(resume_from_checkpoint=resume_from_checkpoint)
@@ -86,6 +91,7 @@ class ResumableTrainer(GRPOTrainer):
             write_state(self._partial / f"checkpoint-{step}", rank(), self._state())
             barrier()
             if rank() == 0:
+                check_complete(self._partial / f"checkpoint-{step}", world_size())
                 checkpoints.commit(step, world_size(), self._facts())
         except (OSError, RuntimeError, SafetensorError) as error:
             checkpoints.discard(step)
@@ -111,7 +117,7 @@ class ResumableTrainer(GRPOTrainer):
         args, zero = self.args, self.accelerator.state.deepspeed_plugin
         stream = isinstance(self.train_dataset, IterableDataset)
         return {
-            "engine": "ddp" if zero is None else f"zero{zero.zero_stage}",
+            "engine": f"zero{zero.zero_stage}" if zero is not None else "fsdp" if self.is_fsdp_enabled else "ddp",
             "trainer.per_device_train_batch_size": args.per_device_train_batch_size,
             "trainer.gradient_accumulation_steps": args.gradient_accumulation_steps,
             "trainer.steps_per_generation": args.steps_per_generation,
@@ -175,6 +181,12 @@ class ResumableTrainer(GRPOTrainer):
         for _ in range(epoch if sampler.shuffle else 0):
             torch.randperm(sampler.num_samples, generator=sampler.generator)  # the order of an epoch that is over
         return epoch, done
+
+
+def check_complete(folder: Path, world: int) -> None:
+    """Raise OSError where a rank has written elsewhere."""
+    if missing := [r for r in range(world) if not _file(folder, r).is_file()]:
+        raise OSError(f"the files of ranks {missing} did not arrive. {_SHARED}")
 
 
 def check_facts(path: Path, now: dict[str, Any]) -> None:

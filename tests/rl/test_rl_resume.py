@@ -10,6 +10,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, Qwen3Config, TrainerCallback
 
 from data import countdown
+from rl import resume
 from rl.callbacks.alarm import NoOpAlarm
 from rl.checkpoint import Checkpoints, newest_good
 from rl.contract import Mean
@@ -214,6 +215,16 @@ def test_a_full_disk_is_said_and_leaves_the_checkpoint_before(model, tmp_path, s
         trainer.train()
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
     assert newest_good(tmp_path) == tmp_path / "checkpoint-1"
+
+
+def test_a_rank_that_wrote_elsewhere_is_noticed(model, tmp_path, monkeypatch):
+    trainer, _ = build(model, tmp_path, {}, every=1)
+    monkeypatch.setattr(resume, "world_size", lambda: 2)
+    with pytest.raises(
+        SaveError, match=r"files of ranks \[1\] did not arrive. Put run.dir on a file system that all nodes"
+    ):
+        trainer.train()
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_does_not_fit_the_checkpoint_is_refused(model, tmp_path):

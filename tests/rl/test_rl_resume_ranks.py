@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from ranks import two_ranks
 from rl.checkpoint import Checkpoints, manifest_of, newest_good
+from rl.errors import CheckpointError, ConfigError
 from rl.plugins.fork_mask import ForkMask
 from tiny import EntropyTrainer, make_trainer, save_model
 
@@ -65,6 +66,15 @@ def straight_and_again(rank, model, folder, stage):
     again, lines = build(model, f"{folder}/runs", changes)
     again.train(f"{folder}/runs/checkpoint-{MIDDLE}")
     mine = whole(again)
+    if stage is None:
+        with pytest.raises(
+            CheckpointError, match=r"go on from different steps \(\[0, 3\]\). Put run.dir on a file system"
+        ):
+            again.train(f"{folder}/runs/checkpoint-{MIDDLE}" if rank else None)
+    if stage == 3:
+        again.accelerator.state.deepspeed_plugin.zero3_save_16bit_model = False
+        with pytest.raises(ConfigError, match="stage3_gather_16bit_weights_on_model_save is false.* Set it to true"):
+            again.use_checkpoints(None)
     drawn = straight._buffered_inputs[0]["completion_ids"].sum()
     difference = max((float((weights[k] - mine[k]).abs().max()) for k in weights), default=0.0)
     return {"difference": difference, "parameters": len(mine), "expected": expected, "lines": lines, "drawn": drawn}
