@@ -151,7 +151,8 @@ class Signal:
 class TokenPlugin(Protocol):
     """One method: ``rl/plugins/<name>.py`` + ``configs/plugin/<name>.yaml`` + ``tests/plugins/test_<name>.py``.
 
-    Optional beside it: ``promises``, a subset of PROMISES; ``state_dict() / load_state_dict(state)`` for controllers;
+    Optional beside it: ``promises``, a subset of PROMISES; ``state_dict() / load_state_dict(state)`` for controllers,
+    kept of each rank: tensors, numbers, texts, truth values, None, lists, dictionaries with text keys;
     ``check(run) -> list[str]`` for advice before a run (``run`` is a :class:`RunFacts`).
     """
 

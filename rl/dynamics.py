@@ -89,11 +89,11 @@ class Dynamics:
         return metrics, {"entropy/hist": _shown(counts)}
 
     def state_dict(self) -> dict[str, Any]:
-        """What the next ``measured_change`` needs after a resume."""
-        return {"last_mean": self._last_mean}
+        """What the next ``measured_change`` needs after a resume, and the warm start's quantile."""
+        return {"last_mean": self._last_mean, "reference_p80": self.reference_p80}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._last_mean = state["last_mean"]
+        self._last_mean, self.reference_p80 = state["last_mean"], state["reference_p80"]
 
 
 def _omega(tokens: TokenBatch, signal: Signal) -> Tensor:

@@ -38,6 +38,10 @@ class CheckpointError(EntrlError, FileNotFoundError):
     """A folder that is not a model, a checkpoint or a run."""
 
 
+class SaveError(EntrlError, OSError):
+    """A checkpoint that could not be written, for want of disk usually."""
+
+
 class SeamError(EntrlError, ImportError):
     """An installed TRL that entrl's seam was not tested against."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from rl.checkpoint import found
 from rl.errors import CheckpointError
 
 _HERE = Path(__file__).parent
@@ -18,6 +19,8 @@ def configs_dir() -> Path:
 def find_model(target: str) -> str:
     """A name ``from_pretrained`` takes, for ``builtin:NAME``, a run folder, a saved model or a hub id.
 
+    A run folder's is its final model, or its newest checkpoint where it has not finished.
+
     Raises:
         CheckpointError: a folder, or something that looks like a path, without a model in it.
     """
@@ -29,12 +32,13 @@ def find_model(target: str) -> str:
         return str(folder)
     folder = Path(target).expanduser()
     if folder.is_dir():
-        for candidate in (folder / "checkpoints" / "final", folder):
+        newest = [path for _, path in reversed(found(folder / "checkpoints"))]
+        for candidate in (folder / "checkpoints" / "final", *newest, folder):
             if (candidate / "config.json").is_file() or (candidate / "adapter_config.json").is_file():
                 return str(candidate)
         raise CheckpointError(
-            f"{target} holds no model: neither config.json nor checkpoints/final/config.json is there. "
-            "Give a run folder that finished, a folder written by save_pretrained, or a hub id."
+            f"{target} holds no model: neither config.json nor checkpoints/final/config.json nor a checkpoint is there. "
+            "Give a run folder that wrote one, a folder written by save_pretrained, or a hub id."
         )
     if folder.exists() or target.count("/") != 1 or target.startswith((".", "~", "/")):
         raise CheckpointError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 
+import transformers
 import trl
 from packaging.version import Version
 from trl import GRPOTrainer
@@ -22,6 +23,13 @@ _METHODS = {
     "_generate_and_score_completions": ("self", "inputs"),
     "_calculate_rewards": ("self", "inputs", "prompts", "completions", "completion_ids_list"),
     "log": ("self", "logs", "start_time"),
+    # rl/resume.py; most are transformers'
+    "_get_train_sampler": ("self", "dataset"),
+    "_init_training_state": ("self", "max_steps", "num_update_steps_per_epoch", "num_train_epochs"),
+    "_get_output_dir": ("self", "trial"),
+    "_save_checkpoint": ("self", "model", "trial"),
+    "_load_rng_state": ("self", "checkpoint"),
+    "_maybe_log_save_evaluate": ("self",),
 }
 
 
@@ -38,7 +46,7 @@ def check_seam() -> None:
         found = tuple(inspect.signature(method).parameters)[: len(expected)] if method else None
         if found != expected:
             raise SeamError(
-                f"TRL {version}: GRPOTrainer.{name} takes {found}; entrl was tested with {expected}. "
+                f"TRL {version} on transformers {transformers.__version__}: GRPOTrainer.{name} takes {found}; entrl was tested with {expected}. "
                 f'Install a tested version: pip install "trl>={TESTED[0]},<{TESTED[1]}".'
             )
     if "outputs" not in inspect.signature(getattr(utils, "add_fused_lm_head", lambda: None)).parameters:

@@ -24,12 +24,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from trl import GRPOConfig, GRPOTrainer
 
 from rl.callbacks.phase import StepPhase
+from rl.checkpoint import Checkpoints
 from rl.contract import Signal, TokenBatch
 from rl.dynamics import Dynamics, Histogram
 from rl.groups import leave_out, mean_logps, only_votes, trained_of_group
 from rl.meter import Meter, distinct_answers, token_shares
 from rl.pipeline import Pipeline
 from rl.recorder import Recorder, texts_of
+from rl.resume import ResumableTrainer
 from rl.scoring import HiddenTap, Recorded, Reference, WithRank, add_scoring, base_of, refuse_logit_transforms
 from rl.seam import check_seam
 from rl.series import rename
@@ -51,7 +53,7 @@ from rl.sparsity import (
 Sink = Callable[[int, dict[str, float], dict[str, Histogram]], None]
 
 
-class EntropyTrainer(GRPOTrainer):
+class EntropyTrainer(ResumableTrainer):
     """``trl.GRPOTrainer`` whose advantages and loss pass through a pipeline of plug-ins.
 
     With no plug-in its gradients are TRL's up to rounding. Tested over all eight loss types, on- and off-policy, with and
@@ -64,6 +66,7 @@ class EntropyTrainer(GRPOTrainer):
         answers: completion texts -> canonical answers, for the number of distinct answers per group; None leaves it out.
         sampler: draws the completions instead of TRL and records as it goes (``rl.rollout``); None for TRL's generation.
         train_share: of each group only this share, its first completions, is trained on; the others vote.
+        checkpoints: where and when the trainer is saved (``rl.resume``); None: where asked, in the output folder.
 
     Raises:
         SeamError: an untested TRL. ConfigError: a plug-in needs what this model cannot give.
@@ -84,6 +87,7 @@ class EntropyTrainer(GRPOTrainer):
         answers: Callable[[list[str]], list[str | None]] | None = None,
         sampler: Callable[[list, GRPOTrainer], tuple[dict[str, Any], Recorded]] | None = None,
         train_share: float = 1.0,
+        checkpoints: Checkpoints | None = None,
         peft_config: Any = None,
         callbacks: list[TrainerCallback] | None = None,
     ):
@@ -128,6 +132,7 @@ class EntropyTrainer(GRPOTrainer):
             self._ref = Reference(self.model, self.accelerator.device, self.temperature)
             self._tap = HiddenTap(self.model)
         self._trims_loss = not (self._is_vlm or self.aux_loss_enabled or self._tap is not None)
+        self.use_checkpoints(checkpoints)
         self.add_callback(StepPhase(self))
         self.remove_callback(PrinterCallback)  # the sinks say it once, and under entrl's names
 

@@ -67,12 +67,13 @@ def make_trainer(cls, model_folder, run_folder, plugins=None, reward=length_rewa
     """A stock GRPOTrainer, or an EntropyTrainer with ``plugins``, from the same weights, data and seed."""
     extra = {"pipeline": Pipeline(plugins or {})} if issubclass(cls, EntropyTrainer) else {}
     extra |= changes.pop("extra", {})
+    data = changes.pop("data", None) or countdown.dataset("train", [3], 32, seed=0)
     torch.manual_seed(0)
     return cls(
         model=Qwen3ForCausalLM.from_pretrained(model_folder, dtype=torch.float32),
         reward_funcs=[reward],
         args=grpo_config(run_folder, **changes),
-        train_dataset=countdown.dataset("train", [3], 32, seed=0),
+        train_dataset=data,
         processing_class=countdown.tokenizer(),
         **extra,
     )

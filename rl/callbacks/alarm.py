@@ -26,6 +26,13 @@ class NoOpAlarm:
         dead = metrics.get("rollout/zero_std_groups") == 1.0
         self._count("zero_std", dead, "no group has had any reward spread", step, _REWARD_CAUSES)
 
+    def state_dict(self) -> dict[str, int]:
+        """How long each has been silent."""
+        return dict(self._idle)
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        self._idle = Counter(state)
+
     def _count(self, key: str, silent: bool, what: str, step: int, causes: str) -> None:
         self._idle[key] = self._idle[key] + 1 if silent else 0
         if self._idle[key] == self.patience:

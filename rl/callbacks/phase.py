@@ -1,4 +1,4 @@
-"""On resume TRL restarts its micro-step counter at 0 (trl 1.16), which shifts when it generates."""
+"""What happens at the bounds of steps: the trainer's clock starts, and a checkpoint is asked for where one is due."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from trl import GRPOTrainer
 
 
 class StepPhase(TrainerCallback):
-    """Restores the counter, and starts the trainer's clock."""
+    """Starts the clock of ``trainer`` and asks for its checkpoints."""
 
     def __init__(self, trainer: GRPOTrainer):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.trainer._step = state.global_step * args.gradient_accumulation_steps
         self.trainer.meter.start()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_save |= self.trainer.checkpoints.due(state.global_step)

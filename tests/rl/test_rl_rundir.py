@@ -44,6 +44,13 @@ def test_find_model(tmp_path):
         (folder / "config.json").write_text("{}")
     assert find_model(str(run)) == str(run / "checkpoints" / "final")
     assert find_model(str(saved)) == str(saved)
+    for step in (9, 100, 80):
+        (run / "checkpoints" / f"checkpoint-{step}").mkdir()
+        (run / "checkpoints" / f"checkpoint-{step}" / "adapter_config.json").write_text("{}")
+    (run / "checkpoints" / ".partial-checkpoint-110" / "checkpoint-110").mkdir(parents=True)
+    assert find_model(str(run)) == str(run / "checkpoints" / "final")
+    (run / "checkpoints" / "final" / "config.json").unlink()
+    assert find_model(str(run)) == str(run / "checkpoints" / "checkpoint-100")
     assert find_model("Qwen/Qwen2.5-0.5B") == "Qwen/Qwen2.5-0.5B"
     assert find_model("builtin:countdown").endswith("countdown")
 

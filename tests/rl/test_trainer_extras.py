@@ -1,6 +1,4 @@
-"""What EntropyTrainer adds: old-policy entropies, the rollout's scope, reporting, the step phase on resume, its start-up check."""
-
-import json
+"""What EntropyTrainer adds: old-policy entropies, the rollout's scope, reporting, its start-up check."""
 
 import pandas as pd
 import pytest
@@ -206,15 +204,6 @@ def test_recorded_rollouts_hold_what_each_token_was(model, tmp_path):
         assert max(row.logp) <= 0 and min(row.entropy) >= -1e-5
     assert sorted(p.name for p in (tmp_path / "rollouts").iterdir()) == ["step_000001.parquet", "step_000002.parquet"]
     assert 2 <= len(recorder.sample(4)) <= 4
-
-
-def test_resume_restores_the_phase_of_the_micro_steps(model, tmp_path):
-    changes = {**OFF_POLICY, "save_strategy": "steps", "save_steps": 4, "max_steps": 4}
-    make_trainer(EntropyTrainer, model, tmp_path, **changes).train()
-    trainer = make_trainer(EntropyTrainer, model, tmp_path, **{**changes, "max_steps": 8})
-    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
-    assert trainer._step == 8 * 2 and trainer.state.global_step == 8
-    assert json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())["global_step"] == 4
 
 
 def test_adapters_train_with_a_full_kl_to_the_model_without_them(model, tmp_path):
