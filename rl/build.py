@@ -8,6 +8,7 @@ from dataclasses import fields
 from functools import partial
 from importlib.util import find_spec
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from data.errors import DataError
 from rewards.checked import Checked
 from rewards.errors import RewardError
 from rewards.gate import Gated, Once
+from rl.checkpoint import Checkpoints
 from rl.config import did_you_mean, gate_order, reward_gates
 from rl.draw import Decoding
 from rl.errors import CheckpointError, ConfigError, EntrlError
@@ -262,6 +264,16 @@ def peft_config(cfg: DictConfig) -> Any:
     if not cfg.peft:
         return None
     return make("peft", cfg.peft)
+
+
+def checkpoints(cfg: DictConfig, folder: Path) -> Checkpoints:
+    """Where and when a run is saved.
+
+    Raises:
+        ConfigError: a number that does not work.
+    """
+    c = cfg.checkpoint
+    return Checkpoints(folder, every=c.every, keep_last=c.keep_last, keep_every=c.keep_every)
 
 
 def decoding(cfg: DictConfig) -> Decoding:

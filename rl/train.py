@@ -17,7 +17,7 @@ from rl import build, rundir
 from rl.callbacks.alarm import NoOpAlarm
 from rl.callbacks.progress import Progress, show_sample
 from rl.callbacks.stop import StopAtBoundary
-from rl.checkpoint import Checkpoints, rewind
+from rl.checkpoint import rewind
 from rl.dynamics import Dynamics
 from rl.engine import Engine, engine, enter, whole
 from rl.errors import ConfigError, Stopped
@@ -155,7 +155,7 @@ def _train_and_mark(folder, cfg, ready: Ready, stop: StopSignal, model, started:
 def _train_in(folder: Path, cfg, ready: Ready, stop: StopSignal, model, started: float) -> None:
     sets = training_sets(cfg, ready.problems, ready.tokenizer)
     ready.args.output_dir = str(folder / "checkpoints")
-    checkpoints = Checkpoints(folder / "checkpoints", **cfg.checkpoint)
+    checkpoints = build.checkpoints(cfg, folder / "checkpoints")
     newest = from_first(checkpoints.newest_good(ready.algebra.world) if rank() == 0 else None)
     if rank() == 0:
         rewind(folder, int(newest.name.rpartition("-")[2]) if newest else 0)

@@ -89,6 +89,7 @@ def check_settings(
     section.attempt(build.check_dtype, cfg.model)
     section.attempt(build.peft_config, cfg)
     section.attempt(build.use_threads, cfg.engine.threads)
+    section.attempt(build.checkpoints, cfg, Path(cfg.run.dir))
     _check_kinds(cfg, section)
     if new and isinstance(cfg.run.name, str):
         section.attempt(rundir.check_free, Path(cfg.run.dir), cfg.run.name, cfg.run.overwrite)
