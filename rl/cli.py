@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import rl
-from rl.errors import CRASHED, LEFT, MISTAKE, REQUEUE, ConfigError, Stopped, user_errors
+from rl.errors import ConfigError, guarded
 
 HELP = """entrl {version}: GRPO for language models, looking at and acting on the entropy of every token
 
@@ -117,27 +117,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"entrl {rl.__version__}")
         return 0
     return guarded(_run, argv)
-
-
-def guarded(work: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> int:
-    """What ``work(argv)`` returns, or the exit code of how it ended; an error of the user's is printed as one sentence."""
-    try:
-        return work(argv)
-    except KeyboardInterrupt:
-        print("\nentrl: interrupted.", file=sys.stderr)
-        return LEFT
-    except Stopped as stopped:
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(f"\nentrl: {stopped}. Exit code {REQUEUE}: start it again to go on.", file=sys.stderr)
-        return REQUEUE
-    except Exception as error:
-        mine = isinstance(error, user_errors()) and not os.environ.get("ENTRL_DEBUG")
-        if "ENTRL_LAUNCHER" in os.environ:  # a rank: the launcher prints the error of the one that failed first
-            return MISTAKE if mine else CRASHED
-        if not mine:
-            raise
-        print(f"entrl: {error}", file=sys.stderr)
-        return MISTAKE
 
 
 def _run(argv: Sequence[str]) -> int:

@@ -18,15 +18,16 @@ from pathlib import Path
 
 import yaml
 
-from rl.errors import CRASHED, LEFT, MISTAKE, REQUEUE, CheckpointError
+from rl.errors import CRASHED, LEFT, MISTAKE, REQUEUE, CheckpointError, guarded
+from rl.rundir import finish
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _GRACE = 10.0  # seconds the other ranks have to say what they saw of a failure
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Run the folder named on the command line to its end; the exit code is the run's."""
-    folder = Path((sys.argv[1:] if argv is None else argv)[0])
+    folder = Path(argv[0])
     try:
         engine = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["engine"]
     except (OSError, KeyError, TypeError, yaml.YAMLError) as error:
@@ -54,6 +55,7 @@ class Launcher:
         self.folder, self.processes, self.threads = folder, processes, threads
         self.ranks: list[subprocess.Popen] = []
         self.interrupted = False
+        self.ended: set[int] = set()  # ranks that this launcher has ended itself
 
     def run(self) -> int:
         """Start the ranks and wait for them."""
@@ -107,8 +109,9 @@ class Launcher:
         return [process.wait() for process in self.ranks]
 
     def _kill(self) -> None:
-        for process in self.ranks:
+        for rank, process in enumerate(self.ranks):
             if process.poll() is None:
+                self.ended.add(rank)
                 with contextlib.suppress(ProcessLookupError):  # its session: workers of the data and of rewards too
                     os.killpg(process.pid, signal.SIGKILL)
 
@@ -118,31 +121,24 @@ class Launcher:
             path for path in self.folder.glob("logs/attempt_*/rank_*.error") if path.stat().st_mtime >= began - 1
         ]
         first = min(written, key=lambda path: path.stat().st_mtime, default=None)
-        rank, code = next((r, c) for r, c in enumerate(codes) if c not in (0, REQUEUE))
-        killed = [r for r, c in enumerate(codes) if c == -signal.SIGKILL]
-        if first is not None:
+        # one that was killed leaves no traceback, and the others then tell of its absence
+        killed = [r for r, code in enumerate(codes) if code < 0 and r not in self.ended]
+        if first is not None and not killed:
             rank = int(first.stem.removeprefix("rank_"))
-            code = codes[rank]
-            text = first.read_text(encoding="utf-8").rstrip()
-            log = first.with_suffix(".log")
+            code, log = codes[rank], first.with_suffix(".log")
             where = f" (its output: {log})" if rank and log.is_file() else ""
+            text = first.read_text(encoding="utf-8").rstrip()
             print(f"\nrank {rank} of {self.processes} failed first{where}:\n\n{text}", file=sys.stderr, flush=True)
         else:
+            rank = killed[0] if killed else next(r for r, code in enumerate(codes) if code not in (0, REQUEUE))
+            code = codes[rank]
             why = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-            memory = " That is often the system running out of memory." if killed else ""
+            memory = " That is often the system running out of memory." if code == -signal.SIGKILL else ""
             print(
                 f"\nrank {rank} of {self.processes} {why} and left no traceback.{memory}", file=sys.stderr, flush=True
             )
-            _mark_failed(self.folder, f"rank {rank} {why}")
+            finish(self.folder, "FAILED", f"rank {rank} {why}")
         return MISTAKE if code == MISTAKE else CRASHED
-
-
-def _mark_failed(folder: Path, reason: str) -> None:
-    """For a rank that could not say it itself."""
-    from rl.rundir import finish, state
-
-    if state(folder) == "open":
-        finish(folder, "FAILED", reason)
 
 
 def _free_port() -> int:
@@ -152,6 +148,4 @@ def _free_port() -> int:
 
 
 if __name__ == "__main__":
-    from rl.cli import guarded
-
-    sys.exit(guarded(main))
+    sys.exit(guarded(main, sys.argv[1:]))

@@ -16,13 +16,13 @@ import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from rl.errors import DONE, Stopped, user_errors
+from rl.errors import DONE, Stopped, guarded, user_errors
 from rl.stop import StopSignal
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Work on the run folder named on the command line; the exit code is the run's."""
-    folder = Path((sys.argv[1:] if argv is None else argv)[0])
+    folder = Path(argv[0])
     with StopSignal() as stop:  # before the slow imports, so that no signal is lost
         _end_with_the_launcher()
         rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
@@ -74,6 +74,4 @@ def _end_with_the_launcher() -> None:
 
 
 if __name__ == "__main__":
-    from rl.cli import guarded
-
-    sys.exit(guarded(main))
+    sys.exit(guarded(main, sys.argv[1:]))

@@ -31,9 +31,15 @@ def test_a_run_describes_itself(tmp_path):
     rundir.update_manifest(tmp_path, {"wandb_id": "abc"})
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["versions"]["trl"] and manifest["hardware"]["cpus"] and manifest["wandb_id"] == "abc"
-    rundir.finish(tmp_path)
-    rundir.finish(tmp_path, "RewardError: x")
-    assert (tmp_path / "DONE").exists() and (tmp_path / "FAILED").read_text() == "RewardError: x\n"
+    assert rundir.state(tmp_path) == "open"
+    rundir.finish(tmp_path, "DONE")
+    assert rundir.state(tmp_path) == "done"
+    rundir.finish(tmp_path, "FAILED", "RewardError: x")
+    assert (tmp_path / "FAILED").read_text() == "RewardError: x\n" and not (tmp_path / "DONE").exists()
+    rundir.finish(tmp_path, "STOPPED", "SIGTERM at step 3")
+    assert rundir.state(tmp_path) == "stopped"
+    rundir.reopen(tmp_path)
+    assert rundir.state(tmp_path) == "open"
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 

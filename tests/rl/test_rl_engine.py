@@ -1,0 +1,116 @@
+"""Engines: what a configuration means, what a rank finds in its environment, what is refused."""
+
+import pytest
+import torch
+import yaml
+
+from rl import engine as engines
+from rl.config import compose
+from rl.engine import Engine, check_gpus, engine, enter, take_place, whole
+from rl.errors import ConfigError
+from rl.paths import configs_dir
+
+
+def of(*overrides, here=True):
+    return engine(compose(list(overrides)), here)
+
+
+def test_every_engine_composes_and_says_its_stage():
+    stages = {"single": 0, "ddp": 0, "zero2": 2, "zero3": 3, "zero3_offload": 3}
+    assert {p.stem for p in (configs_dir() / "engine").glob("*.yaml")} == set(stages)
+    for name, stage in stages.items():
+        count = 1 if name == "single" else 2
+        found = of(f"engine={name}", f"engine.processes={count}")
+        assert (found.name, found.stage, found.world, found.offload) == (name, stage, count, name.endswith("offload"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["engine.processes=2"], "engine=single is one process, not 2. Choose engine=ddp"),
+        (["engine=ddp"], "engine.processes is not set"),
+        (["engine=ddp", "engine.processes=0"], "engine.processes=0 does not work"),
+        (["engine=ddp", "engine.processes=1.5"], "engine.processes=1.5 does not work"),
+        (["engine=ddp", "engine.processes=2", "engine.nodes=true"], "engine.nodes=True does not work"),
+        (["engine=zero2", "engine.processes=2", "engine.deepspeed.zero_optimization.stage=5"], "stage=5 is no stage"),
+    ],
+)
+def test_what_does_not_work_is_said(overrides, says, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ConfigError, match=says.replace("[", r"\[")):
+        of(*overrides)
+
+
+def test_processes_default_to_the_gpus_of_this_machine(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert of("engine=zero2").processes == 4
+    with pytest.raises(ConfigError, match="the GPUs of the nodes are not known here"):
+        of("engine=zero2", here=False)
+    with pytest.raises(ConfigError, match="this machine has 4 GPUs"):
+        check_gpus(of("engine=zero2", "engine.processes=8"))
+
+
+def test_deepspeed_missing_is_one_sentence(monkeypatch):
+    monkeypatch.setattr(engines, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"DeepSpeed is not installed. Run pip install"):
+        of("engine=zero2", "engine.processes=2")
+
+
+def test_a_place_comes_from_slurm_only_where_nobody_else_gave_one():
+    slurm = {
+        "SLURM_PROCID": "5",
+        "SLURM_LOCALID": "1",
+        "SLURM_NTASKS": "8",
+        "SLURM_NNODES": "2",
+        "SLURM_JOB_ID": "71234",
+    }
+    environ = dict(slurm)
+    take_place(environ)
+    found = {k: environ[k] for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")}
+    assert list(found.values()) == ["5", "1", "8", "4", str(20000 + 71234 % 20000)]
+    given = {**slurm, "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "node7"}
+    take_place(given)
+    assert given["RANK"] == "0" and "LOCAL_WORLD_SIZE" not in given
+    named = {**slurm, "MASTER_ADDR": "node7", "MASTER_PORT": "1234"}
+    take_place(named)
+    assert (named["MASTER_ADDR"], named["MASTER_PORT"]) == ("node7", "1234")
+
+
+def test_another_number_of_processes_than_prepared_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(
+        ConfigError, match="prepared for 2 processes, and 3 were started.*torchrun --nnodes 1 --nproc-per-node 2"
+    ):
+        enter(tmp_path, Engine("ddp", 2, 1, None))
+
+
+def test_the_files_say_auto_where_trl_decides():
+    """DeepSpeed refuses numbers that differ from TRL's."""
+    for name in ("zero2", "zero3"):
+        options = yaml.safe_load((configs_dir() / "engine" / f"{name}.yaml").read_text())["deepspeed"]
+        for key in (
+            "train_micro_batch_size_per_gpu",
+            "gradient_accumulation_steps",
+            "train_batch_size",
+            "gradient_clipping",
+        ):
+            assert options[key] == "auto"
+
+
+def test_whole_takes_hooks_away_for_the_time_being():
+    class Accelerator:
+        state = type("State", (), {"deepspeed_plugin": None})
+
+        @staticmethod
+        def unwrap_model(model):
+            return model
+
+    model, calls = torch.nn.Linear(2, 2), []
+    model.is_gradient_checkpointing = False
+    model.weight.ds_id = 0  # ZeRO-3's mark
+    model.register_forward_pre_hook(lambda module, args: calls.append("before"))
+    with whole(model, Accelerator()) as bare:
+        bare(torch.ones(1, 2))
+    assert not calls
+    model(torch.ones(1, 2))
+    assert calls == ["before"]
