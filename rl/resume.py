@@ -98,7 +98,7 @@ class ResumableTrainer(GRPOTrainer):
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
             raise SaveError(
                 f"{checkpoints.folder}/checkpoint-{step} could not be written: {reason}. Those before it are untouched. "
-                "Make room (checkpoint.keep_last= keeps fewer), then resume."
+                "Where the disk is full make room (checkpoint.keep_last= keeps fewer), then resume."
             ) from error
         finally:
             self._partial = None
@@ -135,7 +135,6 @@ class ResumableTrainer(GRPOTrainer):
         return {
             "micro_step": self._step,
             "stream": [epoch, round((self.state.epoch - epoch) * micro_steps)],
-            "rollout_step": self._rollout_step,
             "rollout": None if used_up else self._buffered_inputs,
             "rollout_entropy": None if used_up else self._rollout_entropy,
             "plugins": self.pipeline.state_dict(),
@@ -144,7 +143,7 @@ class ResumableTrainer(GRPOTrainer):
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
-        self._step, self._rollout_step = state["micro_step"], state["rollout_step"]
+        self._step, self._rollout_step = state["micro_step"], -1  # since every saved rollout there was an update
         self._buffered_inputs, self._rollout_entropy = state["rollout"], state["rollout_entropy"]
         self._window = (0, [])
         self.pipeline.load_state_dict(state["plugins"])
