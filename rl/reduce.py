@@ -43,6 +43,12 @@ def all_max(x: Tensor) -> Tensor:
     return x
 
 
+def per_rank(count: Tensor) -> Tensor:
+    """``count`` of all ranks over their number: a sum divided by it is, averaged over ranks as gradients are, the mean over all
+    that is counted, also where ranks hold unequal numbers or none. Every rank must call it."""
+    return all_sum(count) / world_size()
+
+
 def gather(values: Tensor) -> tuple[Tensor, slice]:
     """Concatenate 1-D ``values`` of all ranks, in rank order; also says which slice is this rank's own."""
     values = values.detach()
