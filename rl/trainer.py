@@ -29,7 +29,7 @@ from rl.groups import leave_out, mean_logps, only_votes, trained_of_group
 from rl.meter import Meter, distinct_answers, policy_means, reward_means, sampling_means
 from rl.pipeline import Pipeline
 from rl.recorder import Recorder, texts_of
-from rl.scoring import HiddenTap, Recorded, Reference, WithRank, add_scoring, base_of, refuse_logit_transforms
+from rl.scoring import HiddenTap, Recorded, Reference, WithRank, add_scoring, base_of, check_full_kl
 from rl.seam import check_seam
 from rl.series import of_step, rename
 from rl.sparsity import (
@@ -126,7 +126,7 @@ class EntropyTrainer(GRPOTrainer):
                 add_scoring(base, self.temperature, args.cast_lm_head_to_fp32)
         self._tap = self._ref = None
         if "full_kl" in needs:
-            refuse_logit_transforms(self.model.config, "plugin.entropy_band")
+            check_full_kl(self.model.config, self.accelerator, "plugin.entropy_band")
             self._ref = Reference(self.model, self.accelerator.device, self.temperature)
             self._tap = HiddenTap(self.model)
         self._trims_loss = not (self._is_vlm or self.aux_loss_enabled or self._tap is not None)
