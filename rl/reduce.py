@@ -1,7 +1,8 @@
 """Masked statistics over a scope. The only file that knows ``torch.distributed``; every result is detached.
 
-Scopes: ``response`` one completion, ``micro`` this micro-batch on this rank, ``world`` the micro-batch on all ranks,
-``rollout`` the whole generation batch on all ranks (only where the recorded values are handed in).
+Scopes: ``response`` one completion, ``micro`` this micro-batch on this rank, ``world`` the micro-batch on all ranks, ``rollout``
+the whole generation batch on all ranks (only where the recorded values are handed in). For the last two every rank must ask, with
+tokens or without.
 """
 
 from __future__ import annotations
