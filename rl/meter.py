@@ -136,16 +136,16 @@ def sampling_means(output: Mapping[str, Tensor], mask: Tensor) -> dict[str, Mean
     return means
 
 
-def distinct_answers(groups: Sequence[int], answers: Sequence[str | None], device: torch.device) -> dict[str, Mean]:
+def distinct_answers(groups: Tensor, answers: Sequence[str | None]) -> dict[str, Mean]:
     """Mean number of different answers in a group, whose completions may lie on several ranks; every rank must call it.
 
     Args:
-        groups: the number of each completion's group, the same on all ranks.
+        groups: (completions,) the number of each one's group, the same on all ranks.
     """
     digests = (blake2b(repr(answer).encode(), digest_size=8).digest() for answer in answers)
-    flat = [x for g, d in zip(groups, digests, strict=True) for x in (g, int.from_bytes(d, signed=True))]
-    everyone, own = gather(torch.tensor(flat, dtype=torch.long, device=device))
+    keys = torch.tensor([int.from_bytes(d, signed=True) for d in digests], dtype=torch.long, device=groups.device)
+    everyone, own = gather(torch.stack([groups, keys], dim=1).flatten())
     pairs = everyone.view(-1, 2).unique(dim=0)
     counted = float(own.start == 0)  # all ranks know all of it: the first one says it
-    count = torch.tensor([len(pairs), len(pairs[:, 0].unique())], device=device) * counted
+    count = torch.tensor([len(pairs), len(pairs[:, 0].unique())], device=groups.device) * counted
     return {"rollout/distinct_answers": Mean(*count)}

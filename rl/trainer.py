@@ -334,7 +334,7 @@ class EntropyTrainer(GRPOTrainer):
         if self.trained < self.num_generations and self.model.training:
             leave_out(output, rewards.isnan().all(1), self.accelerator)
         output["reward"] = (rewards * weights).nansum(-1)
-        output["group"] = self._groups(rows).to(rewards.device)
+        output["group"] = self._groups(rows)
         if self.model.training:
             self._rollout_step = self.state.global_step
             self._window = (0, [])
@@ -348,22 +348,20 @@ class EntropyTrainer(GRPOTrainer):
     def _groups(self, rows: int) -> Tensor:
         """(rows,) the number of each completion's group in this rollout; a group may begin on one rank and end on the next."""
         size = self.num_generations if self.model.training else self.num_generations_eval
-        return (torch.arange(rows) + self.accelerator.process_index * rows) // size
+        return (torch.arange(rows, device=self.accelerator.device) + self.accelerator.process_index * rows) // size
 
     def _record_old_policy(self, output: dict) -> None:
         """Add logp, entropy and rank under the rollout's policy, where the sampler or TRL made them or a plug-in wants them."""
-        ids = output["completion_ids"]
         old_logp, wanted = output.get("old_per_token_logps"), "rollout_entropy" in self.pipeline.needs
         found = next((p for p in self._passes if p.logp is old_logp), self._sampled)
         if found is None and wanted:
             both = [torch.cat([output[f"prompt_{x}"], output[f"completion_{x}"]], 1) for x in ("ids", "mask")]
-            size = self.args.per_device_train_batch_size
+            size, width = self.args.per_device_train_batch_size, output["completion_ids"].shape[1]
             with torch.no_grad():
-                self._get_per_token_logps_and_entropies(self.model, *both, ids.shape[1], batch_size=size)
+                self._get_per_token_logps_and_entropies(self.model, *both, width, batch_size=size)
             found = self._passes[-1]
-        if found is None:
-            return
-        output |= found.named("old", output["completion_mask"])
+        if found is not None:
+            output |= found.named("old", output["completion_mask"])
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         if any(getattr(reward, "needs_logp", False) for reward in self.reward_funcs):
@@ -373,7 +371,7 @@ class EntropyTrainer(GRPOTrainer):
         self._rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         if self.answers is not None and self.model.training:
             found = self.answers([c if isinstance(c, str) else str(c[-1]["content"]) for c in completions])
-            self.meter.add(distinct_answers(self._groups(len(prompts)).tolist(), found, self.accelerator.device))
+            self.meter.add(distinct_answers(self._groups(len(found)), found))
         if self.trained < self.num_generations and self.model.training:
             votes = only_votes(len(self._rewards), self.num_generations, self.trained, self._rewards.device)
             self._rewards[votes] = torch.nan  # TRL leaves what has no reward out of its group's mean and deviation
@@ -386,8 +384,7 @@ class EntropyTrainer(GRPOTrainer):
         if "loss" in logs and self.model.training:
             metrics = rename({**logs, **of_step(self._metrics["train"])})
             entropy, histograms = self.dynamics.flush(self.accelerator.device)
-            metrics.update(entropy)
-            metrics.update(self.meter.flush())
+            metrics |= entropy | self.meter.flush()
             if self.accelerator.is_main_process:
                 for sink in self.sinks:
                     sink(self.state.global_step, metrics, histograms)

@@ -64,14 +64,14 @@ def test_seconds_are_those_of_the_slowest_rank_and_tokens_everyones():
 def _distinct(rank):
     groups, answers = [[0, 0, 1], [1, 2, 2]][rank], [["7", None, "7"], ["7", "None", "8"]][rank]
     meter = Meter(CPU)
-    meter.add(distinct_answers(groups, answers, CPU))
+    meter.add(distinct_answers(torch.tensor(groups), answers))
     return means_of(meter)["rollout/distinct_answers"]
 
 
 def test_a_group_on_two_ranks_counts_once():
     """Group 0 has 7 and no answer, group 1 twice 7, group 2 the text None and 8."""
     assert two_ranks(_distinct) == [pytest.approx(5 / 3)] * 2
-    alone = distinct_answers([0, 0, 1, 1, 2, 2], ["7", None, "7", "7", "None", "8"], CPU)
+    alone = distinct_answers(torch.tensor([0, 0, 1, 1, 2, 2]), ["7", None, "7", "7", "None", "8"])
     assert values(alone) == {"rollout/distinct_answers": pytest.approx(5 / 3)}
 
 
