@@ -330,11 +330,9 @@ class EntropyTrainer(GRPOTrainer):
         rows, tokens = len(output["completion_ids"]), float(output["completion_mask"].sum())
         first = self.accelerator.process_index * rows
         rewards, weights = self._rewards[first : first + rows], self.reward_weights.to(self._rewards.device)
-        output["rewards_per_func"] = rewards
         if self.trained < self.num_generations and self.model.training:
             leave_out(output, rewards.isnan().all(1), self.accelerator)
-        output["reward"] = (rewards * weights).nansum(-1)
-        output["group"] = self._groups(rows)
+        output |= {"rewards_per_func": rewards, "reward": (rewards * weights).nansum(-1), "group": self._groups(rows)}
         if self.model.training:
             self._rollout_step = self.state.global_step
             self._window = (0, [])
