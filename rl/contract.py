@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from rl.reduce import Reduce, Scope
+from rl.reduce import Reduce, Scope, per_rank, world_size
 
 Denominator = Literal["all", "kept"]
 
@@ -86,8 +86,8 @@ class Mean(NamedTuple):
 class Penalty:
     """A loss term ``coef * sum(per_token over where) / n`` with n = all trainable tokens, or those in ``where``.
 
-    Counts are those of this micro-batch on this rank, and micro-batches and ranks are averaged, as TRL does with its entropy
-    bonus; where they are ragged that is not the mean over all tokens.
+    Counts are those of this micro-batch on all ranks. Micro-batches are averaged, as TRL does with its entropy bonus; where they
+    are ragged that is not the mean over all tokens of the step.
     """
 
     name: str
@@ -97,9 +97,9 @@ class Penalty:
     denominator: Denominator
 
     def mean(self, mask: Tensor) -> Tensor:
-        """The term without its coefficient: a scalar, 0 when no token is selected."""
+        """The term without its coefficient, a scalar whose mean over ranks is meant; every rank must call it. 0 of no token."""
         count = mask.sum() if self.denominator == "all" else self.where.sum()
-        return (self.per_token * self.where).sum() / count.clamp(min=1.0)
+        return (self.per_token * self.where).sum() / per_rank(count).clamp(min=1 / world_size())
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,17 @@ from rl.reduce import all_sum
 _LOW, _HIGH, _BINS = 1e-4, 20.0, 512  # log-spaced: a factor of 1.024 a bin; ln of the largest vocabularies is below 13
 _SHOWN = 64
 
+_SERIES = (
+    "entropy/mean",
+    "entropy/kept",
+    "entropy/dropped",
+    "entropy/positive_advantage",
+    "entropy/negative_advantage",
+    *(f"entropy/position_q{q}" for q in (1, 2, 3, 4)),
+    "entropy/predicted_change",
+    "entropy/above_reference_p80",
+)
+
 
 class Histogram(NamedTuple):
     """Counts between consecutive edges, in nats: ``len(edges) == len(counts) + 1``."""
@@ -31,7 +42,8 @@ class Dynamics:
     """Accumulates micro-batches, and gives one step's series at ``flush``.
 
     Args:
-        reference_p80: the warm start's 80 % quantile of entropy, for the share of tokens above it; None leaves it out.
+        reference_p80: the warm start's 80 % quantile of entropy, for the share of tokens above it; None leaves it out. The same
+            on every rank.
     """
 
     def __init__(self, reference_p80: float | None = None):
@@ -40,14 +52,16 @@ class Dynamics:
         self._reset()
 
     def _reset(self) -> None:
-        self._means: dict[str, Mean] = {}
-        self._histogram: Tensor | None = None  # (2, bins + 1): counts and sums of entropy
+        # the same on every rank, whatever it has seen: sums and counts of the series, counts and sums of the bins
+        self._means = torch.zeros(len(_SERIES), 2, dtype=torch.float64)
+        self._histogram = torch.zeros(2, _BINS + 1, dtype=torch.float64)
 
     @torch.no_grad()
     def observe(self, tokens: TokenBatch, signal: Signal, lr: float) -> None:
         """Add one micro-batch. ``lr`` scales the predicted change."""
         h, mask = tokens.entropy.detach().float(), tokens.mask
         kept, sign = signal.keep & mask, signal.advantages.sign()
+        position = (mask.cumsum(-1) - 1) * 4 // mask.sum(-1, keepdim=True).clamp(min=1)
         groups = {
             "entropy/mean": mask,
             "entropy/kept": kept,
@@ -55,31 +69,26 @@ class Dynamics:
             "entropy/positive_advantage": mask & (sign > 0),
             "entropy/negative_advantage": mask & (sign < 0),
         }
-        position = (mask.cumsum(-1) - 1) * 4 // mask.sum(-1, keepdim=True).clamp(min=1)
         groups |= {f"entropy/position_q{q + 1}": mask & (position == q) for q in range(4)}
         means = {name: Mean.of(h, where) for name, where in groups.items()}
         means["entropy/predicted_change"] = Mean.of(-lr * _omega(tokens, signal), mask)
-        if self.reference_p80 is not None:
-            means["entropy/above_reference_p80"] = Mean.of((h > self.reference_p80).float(), mask)
-        for name, mean in means.items():
-            before = self._means.get(name, Mean(0.0, 0.0))
-            self._means[name] = Mean(before.total + mean.total.double(), before.count + mean.count.double())
-        histogram = _histogram(h[mask])
-        self._histogram = histogram if self._histogram is None else self._histogram + histogram
+        known = self.reference_p80 is not None
+        means["entropy/above_reference_p80"] = Mean.of((h > (self.reference_p80 or 0.0)).float(), mask & known)
+        added = torch.stack([torch.stack([means[name].total.double(), means[name].count.double()]) for name in _SERIES])
+        self._means = self._means.to(h.device) + added
+        self._histogram = self._histogram.to(h.device) + _histogram(h[mask])
 
-    def flush(self) -> tuple[dict[str, float], dict[str, Histogram]]:
-        """The step's series and its histogram, reduced over ranks in one collective; every rank must call it."""
-        if self._histogram is None:
-            return {}, {}
-        names = sorted(self._means)
-        means = torch.stack([torch.stack(tuple(self._means[name])) for name in names])
-        packed = all_sum(torch.cat([means.flatten(), self._histogram.flatten()]))
-        means, histogram = packed[: means.numel()].view_as(means), packed[means.numel() :].view_as(self._histogram)
+    def flush(self, device: torch.device | None = None) -> tuple[dict[str, float], dict[str, Histogram]]:
+        """The step's series and its histogram, reduced over ranks in one collective; every rank must call it, also one that
+        has seen nothing, whose ``device`` says where sums over ranks are made."""
+        packed = torch.cat([self._means.flatten(), self._histogram.flatten()])
+        packed = all_sum(packed if device is None else packed.to(device)).cpu()
+        means, histogram = packed[: self._means.numel()].view(-1, 2), packed[self._means.numel() :].view(2, -1)
         self._reset()
-        counts, sums = histogram.cpu()
+        counts, sums = histogram
         if counts.sum() == 0:
             return {}, {}
-        metrics = {name: (t / n).item() for name, (t, n) in zip(names, means, strict=True) if n > 0}
+        metrics = {name: (t / n).item() for name, (t, n) in zip(_SERIES, means, strict=True) if n > 0}
         for q in (50, 80, 95):
             metrics[f"entropy/p{q}"] = _quantile(counts, q / 100)
         metrics["entropy/top20_mean"] = _top_mean(counts, sums, 0.2)

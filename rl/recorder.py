@@ -20,13 +20,19 @@ class Recorder:
     entropy (nats), logp, rank where known, kept, weight, shaped (the effective advantage).
 
     Args:
-        folder: where to write, created when needed. every: record every so many steps, and the first. max_rows: completions a step.
-        rank: of this process; ranks above 0 write ``step_000010.rank1.parquet``.
+        folder: where to write, created when needed. every: record every so many steps, and the first. max_rows: completions a
+            step, of all ranks together.
     """
 
-    def __init__(self, folder: Path, *, every: int, max_rows: int, rank: int = 0):
-        self.folder, self.every, self.max_rows, self.rank = Path(folder), every, max_rows, rank
+    def __init__(self, folder: Path, *, every: int, max_rows: int):
+        self.folder, self.every, self.max_rows = Path(folder), every, max_rows
+        self.rank = 0
         self._step, self._rows = 0, []
+
+    def share(self, rank: int, rows: int) -> None:
+        """Several processes record ``rows`` completions a step each: those above 0 write what is left of ``max_rows`` by those
+        before them, as ``step_000010.rank1.parquet``, so that together it is the first groups."""
+        self.rank, self.max_rows = rank, max(0, self.max_rows - rank * rows)
 
     def due(self, step: int) -> bool:
         """Whether the rollouts of this step are recorded."""
@@ -71,6 +77,8 @@ class Recorder:
 
     def _write(self) -> None:
         # Rows arrive shuffled; whole groups are what a reader wants to compare, so take the first groups.
+        if not self.max_rows:
+            return
         frame = pd.DataFrame(self._rows).sort_values(["group", "completion"], kind="stable").head(self.max_rows)
         self.folder.mkdir(parents=True, exist_ok=True)
         suffix = f".rank{self.rank}" if self.rank else ""

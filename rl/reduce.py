@@ -1,12 +1,14 @@
 """Masked statistics over a scope. The only file that knows ``torch.distributed``; every result is detached.
 
-Scopes: ``response`` one completion, ``micro`` this micro-batch on this rank, ``world`` the micro-batch on all ranks,
-``rollout`` the whole generation batch on all ranks (only where the recorded values are handed in).
+Scopes: ``response`` one completion, ``micro`` this micro-batch on this rank, ``world`` the micro-batch on all ranks, ``rollout``
+the whole generation batch on all ranks (only where the recorded values are handed in). For the last two every rank must ask, with
+tokens or without.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -65,6 +67,20 @@ def all_sum(x: Tensor) -> Tensor:
     return x
 
 
+def all_max(x: Tensor) -> Tensor:
+    """Elementwise maximum of ``x`` over ranks; every rank must call it."""
+    x = x.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(x, dist.ReduceOp.MAX)
+    return x
+
+
+def per_rank(count: Tensor) -> Tensor:
+    """``count`` of all ranks over their number: a sum divided by it is, averaged over ranks as gradients are, the mean over all
+    that is counted, also where ranks hold unequal numbers or none. Every rank must call it."""
+    return all_sum(count) / world_size()
+
+
 def gather(values: Tensor) -> tuple[Tensor, slice]:
     """Concatenate 1-D ``values`` of all ranks, in rank order; also says which slice is this rank's own."""
     values = values.detach()
@@ -79,6 +95,16 @@ def gather(values: Tensor) -> tuple[Tensor, slice]:
     dist.all_gather(parts, padded)
     start = sum(lengths[: dist.get_rank()])
     return torch.cat([p[:n] for p, n in zip(parts, lengths, strict=True)]), slice(start, start + values.numel())
+
+
+def union(names: Iterable[str], device: torch.device) -> list[str]:
+    """The sorted names that any rank has, the same list on all of them; every rank must call it, also with none."""
+    names = set(names)
+    if world_size() > 1:
+        text = bytearray("".join(f"{name}\n" for name in sorted(names)).encode())
+        own = torch.frombuffer(text, dtype=torch.uint8) if text else torch.empty(0, dtype=torch.uint8)
+        names = set(bytes(gather(own.to(device))[0].tolist()).decode().splitlines())
+    return sorted(names)
 
 
 def select(values: Tensor, k: int, everywhere: bool) -> Tensor:

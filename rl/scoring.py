@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -268,6 +270,12 @@ class Reference:
         return torch.zeros_like(mask, dtype=kl.dtype).masked_scatter(mask, kl)
 
 
+def check_full_kl(config, accelerator: Accelerator, needed_by: str) -> None:
+    """Raise ConfigError where ``full_kl`` would be wrong or impossible: transformed logits, sharded weights."""
+    refuse_logit_transforms(config, needed_by)
+    refuse_sharded(accelerator, needed_by)
+
+
 def refuse_logit_transforms(config, needed_by: str) -> None:
     """Raise ConfigError for models that scale or cap their logits, which ``full_kl`` does not imitate."""
     _, scale, softcap = logit_rule(config.get_text_config(), 1.0)
@@ -275,4 +283,16 @@ def refuse_logit_transforms(config, needed_by: str) -> None:
         raise ConfigError(
             f"{needed_by} needs the full-vocabulary KL, which is not implemented for models that scale their logits (here "
             f"by {scale:g}) or cap them (here at {softcap}). Set its kl_coef=0, or use trainer.beta for TRL's sampled KL."
+        )
+
+
+def refuse_sharded(accelerator: Accelerator, needed_by: str) -> None:
+    """Raise ConfigError where no rank has the whole head, which ``full_kl`` reads."""
+    zero = getattr(accelerator.state, "deepspeed_plugin", None)
+    stage = 0 if zero is None else zero.zero_stage
+    if stage == 3 or accelerator.distributed_type == DistributedType.FSDP:
+        raise ConfigError(
+            f"{needed_by} needs the full-vocabulary KL, which is not implemented for weights that are sharded (here by "
+            f"{'ZeRO-3' if stage == 3 else 'FSDP'}). Use ZeRO-2 or plain data parallelism, or set its kl_coef=0 and use "
+            "trainer.beta for TRL's sampled KL."
         )

@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import set_seed
 from omegaconf import DictConfig, OmegaConf
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel
 
 from rl import build, rundir
 from rl.callbacks.alarm import NoOpAlarm
@@ -161,7 +162,7 @@ def _train_in(folder: Path, cfg, ready: Ready, stop: StopSignal, model, started:
         rewind(folder, int(newest.name.rpartition("-")[2]) if newest else 0)
         if newest:
             print(f"resumes   {newest}", flush=True)
-    recorder = Recorder(folder / "rollouts", every=cfg.record.every, max_rows=cfg.record.max_rows, rank=rank())
+    recorder = Recorder(folder / "rollouts", every=cfg.record.every, max_rows=cfg.record.max_rows)
     with _tracker(folder, cfg) as tracker:
         trainer = _trainer(cfg, ready, model, recorder, checkpoints, tracker)
         trainer.add_callback(StopAtBoundary(stop, trainer.accelerator.device))
@@ -231,7 +232,8 @@ def _evaluate_and_train(cfg, folder, trainer, ready: Ready, sets, stop, newest: 
 
     before = evaluated("before", ready.path) if cfg.eval.before else {}
     trainer.dynamics.reference_p80 = from_first(before[main].metrics["entropy/p80"] if before else None)
-    set_seed(cfg.seed)  # the same rollouts whether or not the model was evaluated before
+    # the same rollouts whether or not the model was evaluated before, and of each rank its own
+    set_seed(cfg.seed, device_specific=True)
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(newest) if newest else None)
     seconds["train"] = time.perf_counter() - start

@@ -10,7 +10,6 @@ forward, and the forward sees only what can get gradient (``rl.sparsity``).
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -28,13 +27,13 @@ from rl.checkpoint import Checkpoints
 from rl.contract import Signal, TokenBatch
 from rl.dynamics import Dynamics, Histogram
 from rl.groups import leave_out, mean_logps, only_votes, trained_of_group
-from rl.meter import Meter, distinct_answers, token_shares
+from rl.meter import Meter, distinct_answers, policy_means, reward_means, sampling_means
 from rl.pipeline import Pipeline
 from rl.recorder import Recorder, texts_of
 from rl.resume import ResumableTrainer
-from rl.scoring import HiddenTap, Recorded, Reference, WithRank, add_scoring, base_of, refuse_logit_transforms
+from rl.scoring import HiddenTap, Recorded, Reference, WithRank, add_scoring, base_of, check_full_kl
 from rl.seam import check_seam
-from rl.series import rename
+from rl.series import of_step, rename
 from rl.sparsity import (
     Cut,
     Savings,
@@ -106,6 +105,9 @@ class EntropyTrainer(ResumableTrainer):
         self.sinks, self.answers, self.sampler = list(sinks), answers, sampler
         self.trained = trained_of_group(train_share, args)  # completions of each group
         self.meter = Meter(self.accelerator.device)
+        if recorder is not None:
+            per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
+            recorder.share(self.accelerator.process_index, per_step)
         self._open: dict | None = None  # the inputs of the loss under way
         self._signal: Signal | None = None
         self._passes: list[Recorded] | None = None  # computed at the rollout under way
@@ -128,7 +130,7 @@ class EntropyTrainer(ResumableTrainer):
                 add_scoring(base, self.temperature, args.cast_lm_head_to_fp32)
         self._tap = self._ref = None
         if "full_kl" in needs:
-            refuse_logit_transforms(self.model.config, "plugin.entropy_band")
+            check_full_kl(self.model.config, self.accelerator, "plugin.entropy_band")
             self._ref = Reference(self.model, self.accelerator.device, self.temperature)
             self._tap = HiddenTap(self.model)
         self._trims_loss = not (self._is_vlm or self.aux_loss_enabled or self._tap is not None)
@@ -332,35 +334,37 @@ class EntropyTrainer(ResumableTrainer):
             self._passes = None
         rows, tokens = len(output["completion_ids"]), float(output["completion_mask"].sum())
         first = self.accelerator.process_index * rows
-        group_size = self.num_generations if self.model.training else self.num_generations_eval
-        rewards = self._rewards[first : first + rows]
-        output["rewards_per_func"] = rewards
+        rewards, weights = self._rewards[first : first + rows], self.reward_weights.to(self._rewards.device)
         if self.trained < self.num_generations and self.model.training:
             leave_out(output, rewards.isnan().all(1), self.accelerator)
-        output["reward"] = (rewards * self.reward_weights.to(rewards.device)).nansum(-1)
-        output["group"] = torch.arange(first, first + rows, device=rewards.device) // group_size
+        output |= {"rewards_per_func": rewards, "reward": (rewards * weights).nansum(-1), "group": self._groups(rows)}
         if self.model.training:
             self._rollout_step = self.state.global_step
             self._window = (0, [])
+            mask = self._loss_mask(output).bool()
+            if "rollout_entropy" in self.pipeline.needs:
+                self._rollout_entropy = output["old_entropy"][mask]
+            self.meter.add(reward_means(rewards, self.reward_func_names, weights) | sampling_means(output, mask))
         self.meter.add_rollout(time.perf_counter() - start, tokens)
         return output
 
+    def _groups(self, rows: int) -> Tensor:
+        """(rows,) the number of each completion's group in this rollout; a group may begin on one rank and end on the next."""
+        size = self.num_generations if self.model.training else self.num_generations_eval
+        return (torch.arange(rows, device=self.accelerator.device) + self.accelerator.process_index * rows) // size
+
     def _record_old_policy(self, output: dict) -> None:
         """Add logp, entropy and rank under the rollout's policy, where the sampler or TRL made them or a plug-in wants them."""
-        ids, mask = output["completion_ids"], self._loss_mask(output).bool()
         old_logp, wanted = output.get("old_per_token_logps"), "rollout_entropy" in self.pipeline.needs
         found = next((p for p in self._passes if p.logp is old_logp), self._sampled)
         if found is None and wanted:
             both = [torch.cat([output[f"prompt_{x}"], output[f"completion_{x}"]], 1) for x in ("ids", "mask")]
-            size = self.args.per_device_train_batch_size
+            size, width = self.args.per_device_train_batch_size, output["completion_ids"].shape[1]
             with torch.no_grad():
-                self._get_per_token_logps_and_entropies(self.model, *both, ids.shape[1], batch_size=size)
+                self._get_per_token_logps_and_entropies(self.model, *both, width, batch_size=size)
             found = self._passes[-1]
-        if found is None:
-            return
-        output |= found.named("old", output["completion_mask"])
-        if wanted and self.model.training:
-            self._rollout_entropy = output["old_entropy"][mask]
+        if found is not None:
+            output |= found.named("old", output["completion_mask"])
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         if any(getattr(reward, "needs_logp", False) for reward in self.reward_funcs):
@@ -369,8 +373,8 @@ class EntropyTrainer(ResumableTrainer):
             inputs = [{**row, "mean_logp": mean} for row, mean in zip(inputs, means, strict=True)]
         self._rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         if self.answers is not None and self.model.training:
-            distinct = distinct_answers(prompts, completions, self.answers, self.accelerator.device)
-            self.meter.add({"rollout/distinct_answers": distinct})
+            found = self.answers([c if isinstance(c, str) else str(c[-1]["content"]) for c in completions])
+            self.meter.add(distinct_answers(self._groups(len(found)), found))
         if self.trained < self.num_generations and self.model.training:
             votes = only_votes(len(self._rewards), self.num_generations, self.trained, self._rewards.device)
             self._rewards[votes] = torch.nan  # TRL leaves what has no reward out of its group's mean and deviation
@@ -381,11 +385,9 @@ class EntropyTrainer(ResumableTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Hand one step's series to the sinks; TRL's own log then sees the same dictionary it always did."""
         if "loss" in logs and self.model.training:
-            trl_means = {k: [v for v in vs if not math.isnan(v)] for k, vs in self._metrics["train"].items()}
-            metrics = rename({**logs, **{k: sum(v) / len(v) for k, v in trl_means.items() if v}})
-            entropy, histograms = self.dynamics.flush()
-            metrics.update(entropy)
-            metrics.update(self.meter.flush())
+            metrics = rename({**logs, **of_step(self._metrics["train"])})
+            entropy, histograms = self.dynamics.flush(self.accelerator.device)
+            metrics |= entropy | self.meter.flush()
             if self.accelerator.is_main_process:
                 for sink in self.sinks:
                     sink(self.state.global_step, metrics, histograms)
@@ -393,5 +395,4 @@ class EntropyTrainer(ResumableTrainer):
 
     def _count(self, inputs: dict, logp: Tensor, scored: Tensor, live: Tensor) -> None:
         if self.model.training:
-            bounds = self.epsilon_low, self.epsilon_high
-            self.meter.add(token_shares(inputs, self._loss_mask(inputs).bool(), logp, scored, live, bounds))
+            self.meter.add(policy_means(inputs, self._loss_mask(inputs).bool(), logp, scored, live, self.args))

@@ -9,7 +9,9 @@ import pytest
 import torch
 import yaml
 
+from ranks import two_ranks
 from rl.contract import NEEDS, Signal
+from rl.errors import ConfigError
 from rl.pipeline import Pipeline
 from rl.testing import batch_from_logits, loss_from_signal
 
@@ -210,3 +212,81 @@ def test_audit_reports_what_was_touched(plugin):
     touched, mass = signal.metrics["plugin/it/touched"], signal.metrics["plugin/it/adv_mass"]
     assert touched.count == tokens.mask.sum() and 0 < touched.total / touched.count <= 1
     assert mass.count > 0 and mass.total.isfinite()
+
+
+# ---- two ranks -----------------------------------------------------------------------------------------------------------
+
+
+def world_cases():
+    """Every plug-in in every mode, each in all scopes that do not mean one rank alone."""
+    seen = []  # variants that differ in their scope only are the same here
+    for param in cases():
+        name, variant = param.values[0]
+        cls, defaults = load(name)
+        settings = {**defaults, **variant}
+        for scope in ("response", "world", "rollout") if "scope" in settings else (None,):
+            if scope == "response" and settings.get("denominator") == "kept":
+                continue  # the kept tokens of this rank's micro-batch, by definition
+            chosen = settings if scope is None else {**settings, "scope": scope}
+            try:
+                cls(**chosen)
+            except ConfigError:  # a scope that this plug-in does not have
+                continue
+            if (name, chosen) not in seen:
+                seen.append((name, chosen))
+                yield pytest.param(name, chosen, id=f"{param.id}-{scope or 'no scope'}")
+
+
+WORLD_CASES = list(world_cases())
+EMPTY = {"no rank empty": None, "first rank empty": 0, "second rank empty": 1}
+
+
+def world_batch(empty):
+    _, tokens = batch()
+    if empty is None:
+        return tokens
+    mask = tokens.mask.clone()
+    mask[3 * empty : 3 * empty + 3] = False
+    return replace(tokens, mask=mask, rollout_entropy=tokens.old_entropy[mask])
+
+
+def outcome(name, settings, tokens):
+    signal = Pipeline({"it": load(name)[0](**settings)})(tokens)
+    metrics = {key: torch.stack([m.total.double(), m.count.double()]) for key, m in signal.metrics.items()}
+    return signal.effective, [p.mean(tokens.mask).detach() for p in signal.penalties], metrics
+
+
+def on_rank(rank):
+    """What each plug-in does to this rank's half of the batch, which is only as wide as its own longest completion."""
+    found = {}
+    for case, empty in EMPTY.items():
+        tokens = rows_of(world_batch(empty), slice(3 * rank, 3 * rank + 3))
+        columns = max(1, int(tokens.mask.sum(-1).max()))
+        fields = {f: getattr(tokens, f) for f in tokens.__dataclass_fields__}
+        narrow = {f: v[:, :columns] for f, v in fields.items() if isinstance(v, torch.Tensor) and v.dim() == 2}
+        tokens = replace(tokens, **narrow, rollout_entropy=narrow["old_entropy"][narrow["mask"]])
+        for i, param in enumerate(WORLD_CASES):
+            found[f"{i} {case}"] = outcome(*param.values, tokens)
+    return found
+
+
+@pytest.fixture(scope="module")
+def both_ranks():
+    return two_ranks(on_rank)
+
+
+@pytest.mark.parametrize("empty", EMPTY)
+@pytest.mark.parametrize("name, settings", WORLD_CASES)
+def test_two_ranks_are_one_process(both_ranks, name, settings, empty):
+    tokens = world_batch(EMPTY[empty])
+    effective, penalties, metrics = outcome(name, settings, tokens)
+    key = f"{[p.values for p in WORLD_CASES].index((name, settings))} {empty}"
+    ranks = [found[key] for found in both_ranks]
+    for rank, (own, _, _) in enumerate(ranks):
+        rows = slice(3 * rank, 3 * rank + 3)
+        expected, inside = effective[rows, : own.shape[1]], tokens.mask[rows, : own.shape[1]]
+        torch.testing.assert_close(own[inside], expected[inside], rtol=0, atol=1e-12)
+    for mean, *own in zip(penalties, *(found[1] for found in ranks), strict=True):
+        torch.testing.assert_close(sum(own) / 2, mean, rtol=0, atol=1e-12)  # as gradients are averaged
+    for series, value in metrics.items():
+        torch.testing.assert_close(sum(found[2][series] for found in ranks), value, rtol=1e-6, atol=1e-6)

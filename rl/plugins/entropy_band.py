@@ -76,7 +76,7 @@ class EntropyBand:
         selected = (h >= self._threshold(tokens.mask, h)) & tokens.mask
         lower, upper = self._edges(selected, h)
         mean_over: Denominator = "kept" if self.version == "v1" else "all"
-        rescale = n_all_over_kept(tokens, selected, "micro") if mean_over == "kept" else None
+        rescale = n_all_over_kept(tokens, selected, "world") if mean_over == "kept" else None
         signal = signal.drop(tokens.mask & ~selected, rescale)
         if self.coef_low:
             signal = signal.penalise("low", (lower - tokens.entropy).relu(), self.coef_low, selected, mean_over)

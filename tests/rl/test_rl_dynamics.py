@@ -116,3 +116,17 @@ def test_two_ranks_are_one_process():
     expected = both.flush()[0]
     for metrics in two_ranks(_rank):
         assert metrics == pytest.approx(expected, rel=1e-9)
+
+
+def _idle(rank):
+    dynamics = Dynamics(0.5 if rank == 0 else None)
+    if rank == 0:
+        observe(batch(0), dynamics=dynamics)
+    first = dynamics.flush(torch.device("cpu"))[0]
+    return first, dynamics.flush(torch.device("cpu"))[0]
+
+
+def test_a_rank_that_has_seen_nothing_neither_hangs_nor_counts():
+    expected = observe(batch(0)).flush()[0]
+    for metrics, nothing in two_ranks(_idle):
+        assert metrics == pytest.approx(expected, rel=1e-9) and nothing == {}

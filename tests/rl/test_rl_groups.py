@@ -5,6 +5,7 @@ import torch
 
 from rl.errors import ConfigError
 from rl.groups import only_votes, trained_of_group
+from rl.plugins.fork_mask import ForkMask
 from rl.rollout import NativeSampler
 from tiny import EntropyTrainer, grpo_config, length_reward, make_trainer, save_model
 
@@ -34,6 +35,14 @@ def test_group_statistics_and_losses_see_the_trained_ones_only(model, tmp_path):
     torch.testing.assert_close(output["advantages"][~votes], expected)
     assert (output["advantages"][votes] == 0).all() and output["completion_mask"][votes].sum() == 0
     assert output["num_items_in_batch"] == output["completion_mask"].sum() > 0
+
+
+def test_votes_do_not_move_the_rollouts_threshold(model, tmp_path):
+    plugins = {"mask": ForkMask(scope="rollout")}
+    trainer = make_trainer(EntropyTrainer, model, tmp_path, plugins, extra={"train_share": 0.5}, loss_type="dapo")
+    output = rollout(trainer)
+    assert torch.equal(trainer._rollout_entropy, output["old_entropy"][output["completion_mask"].bool()])
+    assert 0 < len(trainer._rollout_entropy) < (output["old_entropy"] > 0).sum()
 
 
 def test_training_with_votes_moves_only_by_the_trained_ones(model, tmp_path):

@@ -57,13 +57,22 @@ def test_the_first_groups_are_kept_whatever_order_they_come_in(tmp_path):
 
 
 def test_a_new_step_is_a_new_file_and_a_rank_has_its_own(tmp_path):
-    first, second = Recorder(tmp_path, every=1, max_rows=9), Recorder(tmp_path, every=1, max_rows=9, rank=1)
+    first, second = Recorder(tmp_path, every=1, max_rows=7), Recorder(tmp_path, every=1, max_rows=7)
+    first.share(0, rows=4)
+    second.share(1, rows=4)
     for step in (1, 2):
         observe(first, step)
     observe(second, 2)
     names = ["step_000001.parquet", "step_000002.parquet", "step_000002.rank1.parquet"]
     assert sorted(p.name for p in tmp_path.iterdir()) == names  # and nothing half written
-    assert [len(pd.read_parquet(tmp_path / name)) for name in names] == [4, 4, 4]
+    assert [len(pd.read_parquet(tmp_path / name)) for name in names] == [4, 4, 3]
+
+
+def test_a_rank_for_which_the_ones_before_leave_no_room_writes_nothing(tmp_path):
+    recorder = Recorder(tmp_path / "rollouts", every=1, max_rows=8)
+    recorder.share(2, rows=4)
+    observe(recorder)
+    assert not (tmp_path / "rollouts").exists()
 
 
 def test_a_completion_without_a_trainable_token_is_a_row_of_empty_lists(tmp_path):

@@ -1,8 +1,10 @@
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
+from accelerate.utils import DistributedType
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -10,7 +12,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from golden import close
 from rl.errors import ConfigError
-from rl.scoring import HiddenTap, Reference, add_scoring, full_kl, refuse_logit_transforms, score
+from rl.scoring import HiddenTap, Reference, add_scoring, full_kl, refuse_logit_transforms, refuse_sharded, score
 from tiny import save_model
 
 
@@ -187,3 +189,16 @@ def test_models_that_cap_their_logits_are_refused(model):
     config.final_logit_softcapping = 30.0
     with pytest.raises(ConfigError, match="30.0"):
         refuse_logit_transforms(config, "plugin.x")
+
+
+def test_weights_that_no_rank_has_whole_are_refused_where_the_full_kl_is_needed():
+    def at(stage, kind=DistributedType.DEEPSPEED):
+        zero = None if stage is None else SimpleNamespace(zero_stage=stage)
+        return SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=zero), distributed_type=kind)
+
+    refuse_sharded(at(2), "plugin.x")
+    refuse_sharded(at(None, DistributedType.MULTI_GPU), "plugin.x")
+    with pytest.raises(ConfigError, match=r"plugin.x needs .* by ZeRO-3\). Use ZeRO-2"):
+        refuse_sharded(at(3), "plugin.x")
+    with pytest.raises(ConfigError, match="by FSDP"):
+        refuse_sharded(at(None, DistributedType.FSDP), "plugin.x")

@@ -1,5 +1,7 @@
 """What EntropyTrainer adds: old-policy entropies, the rollout's scope, reporting, its start-up check."""
 
+import math
+
 import pandas as pd
 import pytest
 import torch
@@ -13,7 +15,7 @@ from rl.plugins.fork_mask import ForkMask
 from rl.plugins.rank_shaping import RankShaping
 from rl.plugins.steer import Steer
 from rl.recorder import Recorder
-from rl.series import rename
+from rl.series import of_step, rename
 from tiny import EntropyTrainer, assert_same, make_trainer, save_model, train
 
 OFF_POLICY = {"steps_per_generation": 4, "num_iterations": 2, "max_steps": 4}
@@ -222,12 +224,21 @@ def test_adapters_train_with_a_full_kl_to_the_model_without_them(model, tmp_path
     assert moved and all("lora_" in n for n in moved)
 
 
-def test_rename_keeps_what_a_reward_logs_itself():
-    assert rename(
-        {"rewards/correct/mean": 1.0, "rewards/correct/std": 2.0, "reward/label_accuracy": 0.5, "entropy": 0.0}
-    ) == {
-        "reward/correct": 1.0,
-        "reward/label_accuracy": 0.5,
+def test_rename_keeps_what_a_reward_logs_itself_and_drops_what_entrl_counts():
+    logged = {"rewards/correct/mean": 1.0, "reward": 1.0, "kl": 0.1, "reward/label_accuracy": 0.5, "entropy": 0.0}
+    assert rename({**logged, "completions/max_length": 7}) == {"reward/label_accuracy": 0.5, "rollout/len_max": 7.0}
+
+
+def test_the_longest_of_several_rollouts_is_the_longest():
+    rollouts = {
+        "completions/max_length": [7.0, 3.0],
+        "completions/mean_length": [2.0, 3.0],
+        "reward/x": [math.nan, 1.0],
+    }
+    assert of_step({**rollouts, "nothing": [math.nan]}) == {
+        "completions/max_length": 7.0,
+        "completions/mean_length": 2.5,
+        "reward/x": 1.0,
     }
 
 
