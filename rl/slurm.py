@@ -1,0 +1,277 @@
+"""Slurm: the script of a training or of a sweep, and what becomes of its jobs. Works with and without accounting (sacct)."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import string
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from omegaconf import DictConfig, ListConfig
+
+from rl.errors import ConfigError
+from rl.paths import find_model, slurm_dir
+
+
+class _Script(string.Template):
+    """``@{name}`` is filled in; everything else is left to the shell, which has other uses for ``$``."""
+
+    delimiter = "@"
+    pattern = r"@\{(?P<braced>[a-z_]+)\}|(?P<escaped>(?!))(?P<named>(?!))(?P<invalid>(?!))"
+
+
+def render(cfg: DictConfig, run_folder: Path) -> str:
+    """The sbatch script that trains the prepared ``run_folder``.
+
+    Raises:
+        ConfigError: a ``slurm`` value that sbatch would not take, or a path that it cannot.
+    """
+    run = Path(run_folder).absolute()
+    values = _values(cfg, run.name, run / "logs" / "slurm_%j.out")
+    return _fill("train.sbatch", {**values, "run": shlex.quote(str(run))})
+
+
+def render_array(cfg: DictConfig, sweep_folder: Path, points: Sequence[int]) -> str:
+    """The sbatch script that trains some points of a sweep, ``launcher.at_once`` at a time where that is set.
+
+    Args:
+        cfg: of any point; all points share its ``engine`` and ``slurm``.
+        points: numbers of lines, from 0, of ``sweep_folder/points.txt``, which holds the points' run folders.
+
+    Raises:
+        ConfigError: as :func:`render`.
+    """
+    sweep = Path(sweep_folder).absolute()
+    values = _values(cfg, sweep.name, sweep / "logs" / "slurm_%A_%a.out")
+    at_once = f"%{cfg.launcher.at_once}" if cfg.launcher.at_once else ""
+    array = {"array": ",".join(map(str, points)) + at_once, "points": shlex.quote(str(sweep / "points.txt"))}
+    return _fill("sweep.sbatch", {**values, **array})
+
+
+def _fill(template: str, values: Mapping[str, str]) -> str:
+    return _Script((slurm_dir() / template).read_text(encoding="utf-8")).substitute(values)
+
+
+def _values(cfg: DictConfig, name: str, log: Path) -> dict[str, str]:
+    from rl.engine import engine
+
+    check(cfg)
+    node, found = cfg.slurm, engine(cfg, here=False)
+    serves = cfg.trainer.get("use_vllm") and cfg.trainer.vllm_mode == "server"
+    cpus = node.cpus_per_task
+    python = shlex.quote(node.python or ("python" if node.container else sys.executable))
+    if node.container:
+        python = f"{node.container} {python}"
+    step = [f"--cpus-per-task={cpus}"] if cpus else []  # srun does not take it over from sbatch (since Slurm 22.05)
+    values = {
+        "job_name": _directive(name),
+        "log": _directive(str(log.parent).replace("%", "%%") + "/" + log.name),
+        "job_nodes": str(found.nodes + (1 if serves else 0)),
+        "nodes": str(found.nodes),
+        "processes": str(found.processes),
+        "tasks": str(found.world),
+        "signal_seconds": str(node.signal_seconds),
+        "options": "\n".join(f"#SBATCH {option}" for option in _options(node)),
+        "step_options": " ".join(step + (['--exclude="$server"'] if serves else [])),
+        "folder": shlex.quote(os.getcwd()),
+        "setup": "\n".join(_modules(node) + _lines(node.setup)),
+        "python": python,
+        "server": "",
+    }
+    if serves:
+        server = {
+            "server_options": f"--cpus-per-task={cpus * found.processes}" if cpus else "",
+            "server_args": " ".join(shlex.quote(str(a)) for a in node.server_args),
+            "model": shlex.quote(find_model(cfg.model.path)),
+            "port": str(cfg.trainer.vllm_server_port),
+        }
+        values["server"] = _fill("server.sh", {**values, **server})
+    values["body"] = _fill("body.sh", values)
+    return values
+
+
+def _options(node: DictConfig) -> list[str]:
+    asked = {
+        "partition": node.partition,
+        "account": node.account,
+        "qos": node.qos,
+        "time": node.time,
+        "cpus-per-task": node.cpus_per_task,
+        "mem": node.mem,
+        "gpus-per-node": node.gpus_per_node,
+    }
+    return [f"--{k}={_directive(str(v))}" for k, v in asked.items() if v is not None] + _lines(node.extra)
+
+
+def _modules(node: DictConfig) -> list[str]:
+    names = " ".join(shlex.quote(str(m)) for m in _lines(node.modules))
+    return ["type module >/dev/null 2>&1 || source /etc/profile", f"module load {names}"] if names else []
+
+
+def _lines(value: str | ListConfig | None) -> list[str]:
+    return [str(value)] if isinstance(value, str) else [str(line) for line in value or []]
+
+
+def _directive(value: str) -> str:
+    """A value as sbatch reads it from a line of the script."""
+    if any(c == "\\" or not c.isprintable() for c in value):
+        raise ConfigError(f"{value!r} holds a backslash or a line break, which sbatch cannot be told. Choose another name.")
+    return value if re.fullmatch(r"[\w@%+=:,./-]+", value) else '"' + value.replace('"', '\\"') + '"'
+
+
+# What the scripts say themselves, and where to say it instead.
+_OURS = {
+    "--nodes": "engine.nodes",
+    "--ntasks": "engine.processes and engine.nodes",
+    "--ntasks-per-node": "engine.processes",
+    "--array": "entrl sweep",
+    "--output": "nothing: the log is in the run folder",
+    "--error": "nothing: the log is in the run folder",
+    "--signal": "slurm.signal_seconds",
+}
+_TIME = re.compile(r"(?:(?P<d>\d+)-)?(?P<a>\d+)(?::(?P<b>\d+))?(?::(?P<c>\d+))?")
+
+
+def check(cfg: DictConfig) -> None:
+    """Raise ConfigError for the first ``slurm`` value that sbatch would not take, or would take for something else."""
+    node = cfg.slurm
+    for key in ("partition", "account", "qos"):
+        _expect(key, node[key], lambda v: not re.search(r"\s", str(v)) and str(v) != "", "a name without spaces")
+    if isinstance(node.time, int):
+        raise ConfigError(
+            f"slurm.time={node.time} is a number: without quotes, yaml reads 1:30 as 90. Write '12:00:00', or '90' for minutes."
+        )
+    _expect("time", node.time, lambda v: _seconds(str(v)) > 0, "'90' minutes, '12:00:00' or '2-00:00:00'")
+    _expect("cpus_per_task", node.cpus_per_task, lambda v: _whole(v, 1), "a whole number of at least 1")
+    _expect("mem", node.mem, lambda v: re.fullmatch(r"\d+[KMGT]?", str(v)), "200G, or 0 for all of a node")
+    gpus = r"([A-Za-z]\w*:)?[1-9]\d*"
+    _expect("gpus_per_node", node.gpus_per_node, lambda v: re.fullmatch(gpus, str(v)), "8 or 'a100:8'")
+    _expect("signal_seconds", node.signal_seconds, lambda v: _whole(v, 1) and v <= 65535, "1 to 65535 seconds")
+    if node.time is not None and _seconds(node.time) <= node.signal_seconds + 60:
+        raise ConfigError(
+            f"slurm.time={node.time} leaves no time to train: the run stops up to {node.signal_seconds + 60} s before that. "
+            "Give more time, or a smaller slurm.signal_seconds."
+        )
+    for option in _lines(node.extra):
+        name = option.split("=")[0].split(" ")[0]
+        if not re.match(r"--?[a-z]", option) or "\n" in option:
+            raise ConfigError(f"slurm.extra holds {option!r}. Expected options of sbatch, as --constraint=h100.")
+        if name in _OURS:
+            raise ConfigError(f"slurm.extra holds {name}, which the script sets itself. Use {_OURS[name]}.")
+    count = gpus_per_node(cfg)
+    if count is not None and cfg.engine.processes is not None and cfg.engine.processes > count:
+        raise ConfigError(
+            f"engine.processes={cfg.engine.processes} is more than slurm.gpus_per_node={node.gpus_per_node}. "
+            "Expected at most one process a GPU."
+        )
+
+
+def _expect(key: str, value: object, fits, expected: str) -> None:
+    if value is not None and not fits(value):
+        raise ConfigError(f"slurm.{key}={value} does not work. Expected {expected}.")
+
+
+def _whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _seconds(time: str) -> int:
+    """Of a time limit as Slurm reads it; 0 for one that it does not."""
+    if not (found := _TIME.fullmatch(time)):
+        return 0
+    days, a, b, c = (int(found[g] or 0) for g in "dabc")
+    if found["d"] is not None:
+        return ((days * 24 + a) * 60 + b) * 60 + c
+    if found["c"] is not None:
+        return (a * 60 + b) * 60 + c
+    return a * 60 + b
+
+
+def gpus_per_node(cfg: DictConfig) -> int | None:
+    """The number in ``slurm.gpus_per_node``, without its type."""
+    asked = cfg.slurm.gpus_per_node
+    return None if asked is None else int(str(asked).rpartition(":")[2])
+
+
+def submit(script: Path) -> str:
+    """Hand a script to sbatch and give the id of its job. Logs go to ``logs/`` beside the script.
+
+    Raises:
+        ConfigError: no sbatch on this machine, or sbatch does not take it.
+    """
+    (Path(script).parent / "logs").mkdir(exist_ok=True)
+    return _slurm("sbatch", "--parsable", str(script)).strip().partition(";")[0]
+
+
+def states(jobs: Iterable[str]) -> dict[str, str]:
+    """What Slurm knows of jobs, in its words: PENDING, RUNNING, COMPLETED, FAILED, CANCELLED, TIMEOUT, ...
+
+    Args:
+        jobs: ``"123"``, which for an array stands for all its tasks, or ``"123_4"``.
+
+    Returns:
+        One entry a job, or a task of an array; one that Slurm has forgotten is absent.
+
+    Raises:
+        ConfigError: no Slurm on this machine, or its controller does not answer.
+    """
+    asked = set(jobs)
+    if not asked:
+        return {}
+    found = _table(_slurm("squeue", "--noheader", "--array", "--states=all", "--me", "--format=%i|%T"), asked)
+    forgotten = [job for job in asked if not any(_belongs(name, {job}) for name in found)]
+    if forgotten:  # squeue forgets after a few minutes; accounting, where there is any, does not
+        past = _run("sacct", "-nXP", "--array", "--format=JobID,State", f"--jobs={','.join(sorted(forgotten))}")
+        if past is not None and past.returncode == 0:
+            found = _table(past.stdout, asked) | found
+    return found
+
+
+def _table(text: str, asked: set[str]) -> dict[str, str]:
+    rows = (line.split("|") for line in text.splitlines() if "|" in line)
+    return {name: state.split()[0] for name, state in rows if _belongs(name, asked)}  # "CANCELLED by 1000"
+
+
+def _belongs(name: str, asked: set[str]) -> bool:
+    return name in asked or name.partition("_")[0] in asked
+
+
+def cancel(jobs: Iterable[str]) -> None:
+    """End jobs; those that ended already stay as they are.
+
+    Raises:
+        ConfigError: no Slurm on this machine, or it does not let you.
+    """
+    if alive := [job for job, state in states(jobs).items() if state not in _ENDED]:
+        _slurm("scancel", "--quiet", *alive)
+
+
+_ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
+
+
+def _slurm(command: str, *arguments: str) -> str:
+    done = _run(command, *arguments)
+    if done is None:
+        raise ConfigError(
+            f"{command} is not found: this machine has no Slurm. Log in to a cluster, or see the script: entrl slurm submit --dry-run."
+        )
+    if done.returncode:
+        said = (done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}").splitlines()[0]
+        raise ConfigError(f"{said.rstrip('.')}. That is what Slurm's {command} says.")
+    return done.stdout
+
+
+def _run(command: str, *arguments: str) -> subprocess.CompletedProcess[str] | None:
+    """None where the command is not installed. From inside a job, none of that job's settings are handed on."""
+    if shutil.which(command) is None:
+        return None
+    env = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_") or k == "SLURM_CONF"}
+    try:
+        return subprocess.run([command, *arguments], capture_output=True, text=True, env=env, timeout=120)
+    except subprocess.TimeoutExpired:
+        raise ConfigError(f"Slurm's {command} does not answer. Try again when the cluster does.") from None
