@@ -41,7 +41,7 @@ def render_array(cfg: DictConfig, sweep_folder: Path, points: Sequence[int]) -> 
 
     Args:
         cfg: of any point; all points share its ``engine`` and ``slurm``.
-        points: numbers of lines, from 0, of ``sweep_folder/points.txt``, which holds the points' run folders.
+        points: numbers of lines, from 1, of ``sweep_folder/points.txt``, which holds the points' run folders.
 
     Raises:
         ConfigError: as :func:`render`.
@@ -120,7 +120,9 @@ def _lines(value: str | ListConfig | None) -> list[str]:
 def _directive(value: str) -> str:
     """A value as sbatch reads it from a line of the script."""
     if any(c == "\\" or not c.isprintable() for c in value):
-        raise ConfigError(f"{value!r} holds a backslash or a line break, which sbatch cannot be told. Choose another name.")
+        raise ConfigError(
+            f"{value!r} holds a backslash or a line break, which sbatch cannot be told. Choose another name."
+        )
     return value if re.fullmatch(r"[\w@%+=:,./-]+", value) else '"' + value.replace('"', '\\"') + '"'
 
 
@@ -134,6 +136,7 @@ _OURS = {
     "--error": "nothing: the log is in the run folder",
     "--signal": "slurm.signal_seconds",
 }
+ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
 _TIME = re.compile(r"(?:(?P<d>\d+)-)?(?P<a>\d+)(?::(?P<b>\d+))?(?::(?P<c>\d+))?")
 
 
@@ -198,6 +201,48 @@ def gpus_per_node(cfg: DictConfig) -> int | None:
     return None if asked is None else int(str(asked).rpartition(":")[2])
 
 
+def submit_run(cfg: DictConfig, overrides: Sequence[str], argv: Sequence[str], show: bool) -> None:
+    """Prepare a run folder and submit it with a script of its own, ``job.sbatch``; say where to look.
+
+    Args:
+        overrides, argv: what was typed. show: only print the script, and write nothing.
+
+    Raises:
+        ConfigError: what stops the run, or sbatch does not take it; then nothing stays behind. RunExistsError: the name is taken.
+    """
+    from rl import prepare, rundir
+
+    check(cfg)
+    if cfg.engine.processes is None:
+        cfg.engine.processes = gpus_per_node(cfg)
+    if show:
+        prepare.check(cfg, here=False)
+        name = cfg.run.name or rundir.run_name(cfg.model.name, cfg.data.name, list(cfg.plugin), cfg.seed)
+        print(render(cfg, Path(cfg.run.dir) / name), end="")
+        return
+    _require("sbatch")
+    old = prepare.to_resume(cfg)
+    folder = old or prepare.prepare(cfg, overrides, argv, here=False)
+    try:
+        if old and (busy := states(rundir.read_manifest(old).get("slurm_jobs", []))):
+            if alive := [f"{job} is {state}" for job, state in busy.items() if state not in ENDED]:
+                raise ConfigError(f"{old}: its job {alive[0]}. Wait for it, or end it first with scancel.")
+        rundir.write_text(folder / "job.sbatch", render(cfg, folder))
+        job = submit(folder / "job.sbatch")
+    except ConfigError:
+        if not old:
+            shutil.rmtree(folder)
+        raise
+    jobs = rundir.read_manifest(folder).get("slurm_jobs", [])
+    rundir.update_manifest(folder, {"slurm_jobs": [*jobs, job]})
+    print(f"job       {job}")
+    print(f"run       {folder}")
+    print(f"log       {folder}/logs/slurm_{job}.out")
+    print(f"look      squeue -j {job}; tail -F {shlex.quote(f'{folder}/logs/slurm_{job}.out')}")
+    print(f"stop      scancel {job}")
+    print(f"again     sbatch {shlex.quote(f'{folder}/job.sbatch')}    goes on from the newest checkpoint")
+
+
 def submit(script: Path) -> str:
     """Hand a script to sbatch and give the id of its job. Logs go to ``logs/`` beside the script.
 
@@ -226,8 +271,10 @@ def states(jobs: Iterable[str]) -> dict[str, str]:
     found = _table(_slurm("squeue", "--noheader", "--array", "--states=all", "--me", "--format=%i|%T"), asked)
     forgotten = [job for job in asked if not any(_belongs(name, {job}) for name in found)]
     if forgotten:  # squeue forgets after a few minutes; accounting, where there is any, does not
-        past = _run("sacct", "-nXP", "--array", "--format=JobID,State", f"--jobs={','.join(sorted(forgotten))}")
-        if past is not None and past.returncode == 0:
+        past = shutil.which("sacct") and _run(
+            "sacct", "-nXP", "--array", "--format=JobID,State", f"--jobs={','.join(sorted(forgotten))}"
+        )
+        if past and past.returncode == 0:
             found = _table(past.stdout, asked) | found
     return found
 
@@ -247,29 +294,28 @@ def cancel(jobs: Iterable[str]) -> None:
     Raises:
         ConfigError: no Slurm on this machine, or it does not let you.
     """
-    if alive := [job for job, state in states(jobs).items() if state not in _ENDED]:
+    if alive := [job for job, state in states(jobs).items() if state not in ENDED]:
         _slurm("scancel", "--quiet", *alive)
 
 
-_ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
-
-
 def _slurm(command: str, *arguments: str) -> str:
+    _require(command)
     done = _run(command, *arguments)
-    if done is None:
-        raise ConfigError(
-            f"{command} is not found: this machine has no Slurm. Log in to a cluster, or see the script: entrl slurm submit --dry-run."
-        )
     if done.returncode:
         said = (done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}").splitlines()[0]
         raise ConfigError(f"{said.rstrip('.')}. That is what Slurm's {command} says.")
     return done.stdout
 
 
-def _run(command: str, *arguments: str) -> subprocess.CompletedProcess[str] | None:
-    """None where the command is not installed. From inside a job, none of that job's settings are handed on."""
+def _require(command: str) -> None:
     if shutil.which(command) is None:
-        return None
+        raise ConfigError(
+            f"{command} is not found: this machine has no Slurm. Log in to a cluster; entrl slurm submit --dry-run shows the script."
+        )
+
+
+def _run(command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """From inside a job, none of that job's settings are handed on."""
     env = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_") or k == "SLURM_CONF"}
     try:
         return subprocess.run([command, *arguments], capture_output=True, text=True, env=env, timeout=120)

@@ -6,8 +6,8 @@ export MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 12000))}"   # below
 export PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1
 echo "entrl: $RUN on ${SLURM_JOB_NODELIST}, start $((${SLURM_RESTART_COUNT:-0} + 1)) of job $SLURM_JOB_ID, $(date)"
 
-newest_attempt() { find "$RUN/logs" -maxdepth 1 -name 'attempt_*' 2>/dev/null | sort -V | tail -n 1; }
-earlier=$(newest_attempt)
+errors() { find "$RUN/logs" -name 'rank_*.error' -printf '%T@ %p\n' 2>/dev/null | sort -n | cut -d' ' -f2-; } # oldest first
+earlier=$(errors)
 @{server}
 # A rank that fails ends the others at once (--kill-on-bad-exit). One that stopped with a checkpoint, 85, must not: another may
 # still be writing. So its task ends with 0, and RUN/STOPPED tells that from a run that is done.
@@ -43,14 +43,12 @@ if [ "$code" = 85 ]; then
         echo "entrl: stopped with a checkpoint, but Slurm does not take job $job back. Submit its script again to go on."
     fi
 elif [ "$code" != 0 ]; then
-    attempt=$(newest_attempt)
-    first=
-    [ "$attempt" != "$earlier" ] && first=$(find "$attempt" -name 'rank_*.error' -printf '%T@ %p\n' | sort -n | head -n 1 | cut -d' ' -f2-)
+    first=$(errors | grep -vxF "$earlier" | head -n 1)
     if [ -n "$first" ]; then
         echo "entrl: exit code $code; the first rank that failed was $(basename "$first" .error):"
         cat "$first"
     else
-        echo "entrl: exit code $code, and no rank could say why. 137 or 9: killed, often for want of memory; see above, and $attempt."
+        echo "entrl: exit code $code, and no rank could say why. Killed from outside (137), it is often for want of memory: slurm.mem."
     fi
 fi
 exit "$code"
