@@ -136,7 +136,7 @@ _OURS = {
     "--error": "nothing: the log is in the run folder",
     "--signal": "slurm.signal_seconds",
 }
-ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
+_ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
 _TIME = re.compile(r"(?:(?P<d>\d+)-)?(?P<a>\d+)(?::(?P<b>\d+))?(?::(?P<c>\d+))?")
 
 
@@ -222,11 +222,10 @@ def submit_run(cfg: DictConfig, overrides: Sequence[str], argv: Sequence[str], s
         return
     _require("sbatch")
     old = prepare.to_resume(cfg)
+    if old and (alive := _alive(rundir.read_manifest(old).get("slurm_jobs", []))):
+        raise ConfigError(f"{old}: its job {alive[0]} has not ended. Wait for it, or end it first: scancel {alive[0]}.")
     folder = old or prepare.prepare(cfg, overrides, argv, here=False)
     try:
-        if old and (busy := states(rundir.read_manifest(old).get("slurm_jobs", []))):
-            if alive := [f"{job} is {state}" for job, state in busy.items() if state not in ENDED]:
-                raise ConfigError(f"{old}: its job {alive[0]}. Wait for it, or end it first with scancel.")
         rundir.write_text(folder / "job.sbatch", render(cfg, folder))
         job = submit(folder / "job.sbatch")
     except ConfigError:
@@ -294,8 +293,12 @@ def cancel(jobs: Iterable[str]) -> None:
     Raises:
         ConfigError: no Slurm on this machine, or it does not let you.
     """
-    if alive := [job for job, state in states(jobs).items() if state not in ENDED]:
+    if alive := _alive(jobs):
         _slurm("scancel", "--quiet", *alive)
+
+
+def _alive(jobs: Iterable[str]) -> list[str]:
+    return [job for job, state in states(jobs).items() if state not in _ENDED]
 
 
 def _slurm(command: str, *arguments: str) -> str:
