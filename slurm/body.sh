@@ -1,3 +1,13 @@
+# USR1 comes before the time limit and before preemption. srun hands it on to every rank; TERM would make it end the step.
+told= ranks=
+stop() {
+    told=$1
+    echo "entrl: got $told; the ranks stop after their step, with a checkpoint"
+    [ -n "$ranks" ] && kill -USR1 "$ranks" 2>/dev/null
+}
+trap 'stop USR1' USR1
+trap 'stop TERM' TERM
+
 cd @{folder} || { echo "entrl: $HOSTNAME does not see this folder; the nodes need the file system it is on." >&2; exit 2; }
 @{setup}
 # Where the ranks meet; slurm.setup may export others.
@@ -12,22 +22,17 @@ earlier=$(errors)
 # A rank that fails ends the others at once (--kill-on-bad-exit). One that stopped with a checkpoint, 85, must not: another may
 # still be writing. So its task ends with 0, and RUN/STOPPED tells that from a run that is done.
 # Slurm signals every process of a task: this shell, and ranks that are still importing, must not die of it.
-srun --nodes=@{nodes} --ntasks=@{tasks} --ntasks-per-node=@{processes} @{step_options} --kill-on-bad-exit=1 --wait=0 \
-    bash -c 'trap "" USR1 TERM; "$@"; code=$?; [ "$code" = 85 ] && exit 0; exit "$code"' rank \
-    @{python} -m rl.rank "$RUN" &
-ranks=$!
-
-# USR1 comes before the time limit and before preemption. srun hands it on to every rank; TERM would make it end the step.
-stop() {
-    echo "entrl: got $1; the ranks stop after their step, with a checkpoint"
-    kill -USR1 "$ranks" 2>/dev/null
-}
-trap 'stop USR1' USR1
-trap 'stop TERM' TERM
-wait "$ranks"
-while kill -0 "$ranks" 2>/dev/null; do wait "$ranks"; done # a signal ends a wait early
-wait "$ranks"
-code=$?
+code=85
+if [ -z "$told" ]; then
+    srun --nodes=@{nodes} --ntasks=@{tasks} --ntasks-per-node=@{processes} @{step_options} --kill-on-bad-exit=1 --wait=0 \
+        bash -c 'trap "" USR1 TERM; "$@"; code=$?; [ "$code" = 85 ] && exit 0; exit "$code"' rank \
+        @{python} -m rl.rank "$RUN" &
+    ranks=$!
+    wait "$ranks"
+    while kill -0 "$ranks" 2>/dev/null; do wait "$ranks"; done # a signal ends a wait early
+    wait "$ranks"
+    code=$?
+fi
 [ "$code" = 0 ] && [ -e "$RUN/STOPPED" ] && code=85
 
 if [ "$code" = 85 ]; then
@@ -45,6 +50,7 @@ if [ "$code" = 85 ]; then
 elif [ "$code" != 0 ]; then
     first=$(errors | grep -vxF "$earlier" | head -n 1)
     if [ -n "$first" ]; then
+        [ "$code" = 2 ] || code=1 # srun gives 137 for the ranks that it ended because of this one
         echo "entrl: exit code $code; the first rank that failed was $(basename "$first" .error):"
         cat "$first"
     else
