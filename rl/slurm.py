@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import shutil
 import string
@@ -12,10 +11,11 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig
 
 from rl.errors import ConfigError
 from rl.paths import find_model, slurm_dir
+from rl.slurm_site import check, directive, gpus_per_node, lines
 
 
 class _Script(string.Template):
@@ -69,8 +69,8 @@ def _values(cfg: DictConfig, name: str, log: Path) -> dict[str, str]:
         python = f"{node.container} {python}"
     step = [f"--cpus-per-task={cpus}"] if cpus else []  # srun does not take it over from sbatch (since Slurm 22.05)
     values = {
-        "job_name": _directive(name),
-        "log": _directive(str(log.parent).replace("%", "%%") + "/" + log.name),
+        "job_name": directive(name),
+        "log": directive(str(log.parent).replace("%", "%%") + "/" + log.name),
         "job_nodes": str(found.nodes + (1 if serves else 0)),
         "nodes": str(found.nodes),
         "processes": str(found.processes),
@@ -79,7 +79,7 @@ def _values(cfg: DictConfig, name: str, log: Path) -> dict[str, str]:
         "options": "\n".join(f"#SBATCH {option}" for option in _options(node)),
         "step_options": " ".join(step + (['--exclude="$server"'] if serves else [])),
         "folder": shlex.quote(os.getcwd()),
-        "setup": "\n".join(_modules(node) + _lines(node.setup)),
+        "setup": "\n".join(_modules(node) + lines(node.setup)),
         "python": python,
         "server": "",
     }
@@ -105,100 +105,12 @@ def _options(node: DictConfig) -> list[str]:
         "mem": node.mem,
         "gpus-per-node": node.gpus_per_node,
     }
-    return [f"--{k}={_directive(str(v))}" for k, v in asked.items() if v is not None] + _lines(node.extra)
+    return [f"--{k}={directive(str(v))}" for k, v in asked.items() if v is not None] + lines(node.extra)
 
 
 def _modules(node: DictConfig) -> list[str]:
-    names = " ".join(shlex.quote(str(m)) for m in _lines(node.modules))
+    names = " ".join(shlex.quote(str(m)) for m in lines(node.modules))
     return ["type module >/dev/null 2>&1 || source /etc/profile", f"module load {names}"] if names else []
-
-
-def _lines(value: str | ListConfig | None) -> list[str]:
-    return [str(value)] if isinstance(value, str) else [str(line) for line in value or []]
-
-
-def _directive(value: str) -> str:
-    """A value as sbatch reads it from a line of the script."""
-    if any(c == "\\" or not c.isprintable() for c in value):
-        raise ConfigError(
-            f"{value!r} holds a backslash or a line break, which sbatch cannot be told. Choose another name."
-        )
-    return value if re.fullmatch(r"[\w@%+=:,./-]+", value) else '"' + value.replace('"', '\\"') + '"'
-
-
-# What the scripts say themselves, and where to say it instead.
-_OURS = {
-    "--nodes": "engine.nodes",
-    "--ntasks": "engine.processes and engine.nodes",
-    "--ntasks-per-node": "engine.processes",
-    "--array": "entrl sweep",
-    "--output": "nothing: the log is in the run folder",
-    "--error": "nothing: the log is in the run folder",
-    "--signal": "slurm.signal_seconds",
-}
-_ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
-_TIME = re.compile(r"(?:(?P<d>\d+)-)?(?P<a>\d+)(?::(?P<b>\d+))?(?::(?P<c>\d+))?")
-
-
-def check(cfg: DictConfig) -> None:
-    """Raise ConfigError for the first ``slurm`` value that sbatch would not take, or would take for something else."""
-    node = cfg.slurm
-    for key in ("partition", "account", "qos"):
-        _expect(key, node[key], lambda v: not re.search(r"\s", str(v)) and str(v) != "", "a name without spaces")
-    if isinstance(node.time, int):
-        raise ConfigError(
-            f"slurm.time={node.time} is a number: without quotes, yaml reads 1:30 as 90. Write '12:00:00', or '90' for minutes."
-        )
-    _expect("time", node.time, lambda v: _seconds(str(v)) > 0, "'90' minutes, '12:00:00' or '2-00:00:00'")
-    _expect("cpus_per_task", node.cpus_per_task, lambda v: _whole(v, 1), "a whole number of at least 1")
-    _expect("mem", node.mem, lambda v: re.fullmatch(r"\d+[KMGT]?", str(v)), "200G, or 0 for all of a node")
-    gpus = r"([A-Za-z]\w*:)?[1-9]\d*"
-    _expect("gpus_per_node", node.gpus_per_node, lambda v: re.fullmatch(gpus, str(v)), "8 or 'a100:8'")
-    _expect("signal_seconds", node.signal_seconds, lambda v: _whole(v, 1) and v <= 65535, "1 to 65535 seconds")
-    if node.time is not None and _seconds(node.time) <= node.signal_seconds + 60:
-        raise ConfigError(
-            f"slurm.time={node.time} leaves no time to train: the run stops up to {node.signal_seconds + 60} s before that. "
-            "Give more time, or a smaller slurm.signal_seconds."
-        )
-    for option in _lines(node.extra):
-        name = option.split("=")[0].split(" ")[0]
-        if not re.match(r"--?[a-z]", option) or "\n" in option:
-            raise ConfigError(f"slurm.extra holds {option!r}. Expected options of sbatch, as --constraint=h100.")
-        if name in _OURS:
-            raise ConfigError(f"slurm.extra holds {name}, which the script sets itself. Use {_OURS[name]}.")
-    count = gpus_per_node(cfg)
-    if count is not None and cfg.engine.processes is not None and cfg.engine.processes > count:
-        raise ConfigError(
-            f"engine.processes={cfg.engine.processes} is more than slurm.gpus_per_node={node.gpus_per_node}. "
-            "Expected at most one process a GPU."
-        )
-
-
-def _expect(key: str, value: object, fits, expected: str) -> None:
-    if value is not None and not fits(value):
-        raise ConfigError(f"slurm.{key}={value} does not work. Expected {expected}.")
-
-
-def _whole(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _seconds(time: str) -> int:
-    """Of a time limit as Slurm reads it; 0 for one that it does not."""
-    if not (found := _TIME.fullmatch(time)):
-        return 0
-    days, a, b, c = (int(found[g] or 0) for g in "dabc")
-    if found["d"] is not None:
-        return ((days * 24 + a) * 60 + b) * 60 + c
-    if found["c"] is not None:
-        return (a * 60 + b) * 60 + c
-    return a * 60 + b
-
-
-def gpus_per_node(cfg: DictConfig) -> int | None:
-    """The number in ``slurm.gpus_per_node``, without its type."""
-    asked = cfg.slurm.gpus_per_node
-    return None if asked is None else int(str(asked).rpartition(":")[2])
 
 
 def submit_run(cfg: DictConfig, overrides: Sequence[str], argv: Sequence[str], show: bool) -> None:
@@ -295,6 +207,19 @@ def cancel(jobs: Iterable[str]) -> None:
     """
     if alive := _alive(jobs):
         _slurm("scancel", "--quiet", *alive)
+
+
+_ENDED = {
+    "COMPLETED",
+    "FAILED",
+    "CANCELLED",
+    "TIMEOUT",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "BOOT_FAIL",
+    "DEADLINE",
+    "PREEMPTED",
+}
 
 
 def _alive(jobs: Iterable[str]) -> list[str]:

@@ -1,11 +1,11 @@
 """Jobs on a real Slurm, with a small program in the place of rl.rank; test_rl_slurm_train.py trains."""
 
 import pytest
-from slurm_lab import cluster, free_ports, output, wait_for  # noqa: F401
 
 from rl import slurm
 from rl.config import compose
 from rl.errors import ConfigError
+from slurm_lab import cluster, free_ports, output, wait_for  # noqa: F401
 
 RANK = '''
 """Counts steps; keeps the contract of rl.rank about signals, markers and exit codes."""
