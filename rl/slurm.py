@@ -180,19 +180,25 @@ def states(jobs: Iterable[str]) -> dict[str, str]:
     if not asked:
         return {}
     found = _table(_slurm("squeue", "--noheader", "--array", "--states=all", "--me", "--format=%i|%T"), asked)
-    forgotten = [job for job in asked if not any(_belongs(name, {job}) for name in found)]
-    if forgotten:  # squeue forgets after a few minutes; accounting, where there is any, does not
-        past = shutil.which("sacct") and _run(
-            "sacct", "-nXP", "--array", "--format=JobID,State", f"--jobs={','.join(sorted(forgotten))}"
-        )
-        if past and past.returncode == 0:
-            found = _table(past.stdout, asked) | found
+    if shutil.which("sacct"):  # squeue forgets after a few minutes; accounting, where there is any, does not
+        past = _run("sacct", "-nXP", "--format=JobID,State", f"--jobs={','.join(sorted(asked))}")
+        found = (_table(past.stdout, asked) if past.returncode == 0 else {}) | found
     return found
 
 
 def _table(text: str, asked: set[str]) -> dict[str, str]:
     rows = (line.split("|") for line in text.splitlines() if "|" in line)
-    return {name: state.split()[0] for name, state in rows if _belongs(name, asked)}  # "CANCELLED by 1000"
+    named = ((name, state.split()[0]) for names, state in rows for name in _tasks(names))  # "CANCELLED by 1000"
+    return {name: state for name, state in named if _belongs(name, asked)}
+
+
+def _tasks(name: str) -> list[str]:
+    """``3_[1,4-6%2]``, how sacct writes tasks that never started, as ``3_1``, ``3_4``, ``3_5``, ``3_6``."""
+    job, bracket, listed = name.partition("_[")
+    if not bracket:
+        return [name]
+    ends = (part.partition("-") for part in listed.rstrip("]").partition("%")[0].split(","))
+    return [f"{job}_{i}" for first, _, last in ends for i in range(int(first), int(last or first) + 1)]
 
 
 def _belongs(name: str, asked: set[str]) -> bool:

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from rl import slurm
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 CONF = """ClusterName=lab
 SlurmctldHost={host}(127.0.0.1)
@@ -110,10 +112,11 @@ class Lab:
         wait_for(lambda: output("sinfo", "-h", "-N", "-p", "low", "-o", "%T").split() == ["idle"] * 2)
 
     def stop(self):
-        if "SLURM_CONF" in os.environ:
-            subprocess.run(["scancel", "--user", getpass.getuser()], capture_output=True, timeout=30)
-            subprocess.run(["scancel", "--user", getpass.getuser(), "-s", "KILL"], capture_output=True, timeout=30)
-            wait_for(lambda: not output("squeue", "-h"), 15)
+        end = time.monotonic() + 20
+        while output("squeue", "-h") and time.monotonic() < end:  # jobs first: slurmd would leave them running
+            for how in ([], ["--signal=KILL", "--full"]):
+                subprocess.run(["scancel", "--user", getpass.getuser(), *how], capture_output=True, timeout=30)
+            time.sleep(0.5)
         for daemon in reversed(self.daemons):
             daemon.terminate()
             try:
@@ -159,6 +162,13 @@ def wait_for(condition, seconds=60):
         assert time.monotonic() < end, f"still waiting after {seconds} s"
         time.sleep(0.2)
     return found
+
+
+def ended(job, seconds=60):
+    """Wait for the end of a job, and give how it ended."""
+    return wait_for(
+        lambda: (s := slurm.states([job]).get(job)) not in ("PENDING", "RUNNING", "COMPLETING") and s, seconds
+    )
 
 
 @pytest.fixture(scope="session")

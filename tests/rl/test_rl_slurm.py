@@ -5,7 +5,7 @@ import pytest
 from rl import slurm
 from rl.config import compose
 from rl.errors import ConfigError
-from slurm_lab import cluster, free_ports, output, wait_for  # noqa: F401
+from slurm_lab import cluster, ended, free_ports, output, wait_for  # noqa: F401
 
 RANK = '''
 """Counts steps; keeps the contract of rl.rank about signals, markers and exit codes."""
@@ -84,10 +84,6 @@ def start(run, *overrides):
     (run / "job.sbatch").write_text(slurm.render(compose([*TWO_NODES, *overrides]), run))
     job = slurm.submit(run / "job.sbatch")
     return job, lambda: (run / "logs" / f"slurm_{job}.out").read_text()
-
-
-def ended(job):
-    return wait_for(lambda: (s := slurm.states([job]).get(job)) not in ("PENDING", "RUNNING", "COMPLETING") and s)
 
 
 def running(run, attempt=1):
@@ -216,15 +212,24 @@ def tool(folder, name, text):
 
 def test_accounting_knows_what_squeue_has_forgotten(tmp_path, monkeypatch):
     """The words are those of sacct 22.05."""
-    tool(tmp_path, "squeue", "echo '7|RUNNING'")
+    tool(tmp_path, "squeue", "echo '7|RUNNING'; echo '10_2|PENDING'")
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    tool(tmp_path, "sacct", "echo '5|CANCELLED by 0'; echo '6_1|COMPLETED'; echo '6_2|OUT_OF_MEMORY'")
-    assert slurm.states(["5", "6", "7", "8"]) == {
+    tool(
+        tmp_path,
+        "sacct",
+        "echo '5|CANCELLED by 0'; echo '6_1|COMPLETED'; echo '6_2|OUT_OF_MEMORY'; echo '10_1|FAILED'; echo '9_[1,4-5%2]|CANCELLED by 0'",
+    )
+    never = dict.fromkeys(("9_1", "9_4", "9_5"), "CANCELLED")
+    assert slurm.states(["5", "6", "7", "8", "9", "10"]) == {
         "5": "CANCELLED",
         "6_1": "COMPLETED",
         "6_2": "OUT_OF_MEMORY",
         "7": "RUNNING",
+        **never,
+        "10_1": "FAILED",
+        "10_2": "PENDING",
     }
+    assert slurm.states(["9_4"]) == {"9_4": "CANCELLED"}
     tool(tmp_path, "sacct", "echo 'Slurm accounting storage is disabled' >&2; exit 1")
     assert slurm.states(["5", "7"]) == {"7": "RUNNING"}
 
