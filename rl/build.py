@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import fields
 from functools import partial
@@ -194,6 +195,8 @@ def grpo_config(cfg: DictConfig, output_dir: str, weights: list[float]) -> GRPOC
     for name, value in {"bf16": gpu, "use_cpu": not gpu}.items():
         if options[name] is None:
             options[name] = value
+    if host := os.environ.get("ENTRL_VLLM_HOST"):  # where a job script started the server: known only once the job runs
+        options["vllm_server_host"] = host
     try:
         return GRPOConfig(
             output_dir=output_dir,

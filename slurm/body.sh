@@ -56,5 +56,6 @@ elif [ "$code" != 0 ]; then
     else
         echo "entrl: exit code $code, and no rank could say why. Killed from outside (137), it is often for want of memory: slurm.mem."
     fi
+    [ -e "$RUN/FAILED" ] || tail -n 1 "${first:-/dev/null}" | grep . >"$RUN/FAILED" || echo "exit code $code" >"$RUN/FAILED"
 fi
 exit "$code"

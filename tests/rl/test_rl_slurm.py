@@ -144,6 +144,7 @@ def test_the_error_of_the_rank_that_failed_is_the_last_word(job):
     number, log = start(run)
     assert ended(number) == "FAILED" and slurm.states([number]) == {number: "FAILED"}
     assert log().endswith("exit code 1; the first rank that failed was rank_1:\nRewardError: rank 1 met a bad row\n")
+    assert (run / "FAILED").read_text() == "RewardError: rank 1 met a bad row\n"
     assert not (run / "steps_0").exists()  # the other rank was ended too
 
 

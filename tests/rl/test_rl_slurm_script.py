@@ -6,6 +6,7 @@ import pytest
 
 from command_line import SMALL, entrl, fails
 from rl import slurm
+from rl.build import grpo_config
 from rl.config import compose
 from rl.errors import ConfigError
 from rl.slurm_site import check
@@ -119,6 +120,12 @@ def test_a_dry_run_prints_the_script_and_writes_nothing(tmp_path, capsys):
         script = bash_reads(capsys.readouterr().out)
         assert "--nodes=2" in directives(script) and f"RUN={tmp_path}/runs/it" in script
     assert not list(tmp_path.iterdir())
+
+
+def test_ranks_find_the_server_of_their_job(tmp_path, monkeypatch):
+    monkeypatch.setenv("ENTRL_VLLM_HOST", "node7")
+    cfg = compose(["rollout=vllm_server", "data=gsm8k", "model=qwen2.5_0.5b"])
+    assert grpo_config(cfg, str(tmp_path), [1.0]).vllm_server_host == "node7"
 
 
 def test_processes_are_as_many_as_gpus(tmp_path, capsys):
