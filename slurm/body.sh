@@ -1,5 +1,6 @@
 # USR1 comes before the time limit and before preemption. srun hands it on to every rank; TERM would make it end the step.
-told= ranks=
+told=''
+ranks=''
 stop() {
     told=$1
     echo "entrl: got $told; the ranks stop after their step, with a checkpoint"
@@ -12,7 +13,11 @@ cd @{folder} || { echo "entrl: $HOSTNAME does not see this folder; the nodes nee
 @{setup}
 # Where the ranks meet; slurm.setup may export others.
 export MASTER_ADDR="${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}"
-export MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 12000))}"   # below the ports that systems hand out
+if [ -z "$MASTER_PORT" ]; then
+    MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000)) # below the ports that systems hand out
+    while (: >"/dev/tcp/127.0.0.1/$MASTER_PORT") 2>/dev/null; do MASTER_PORT=$((MASTER_PORT + 1)); done # somebody has it
+fi
+export MASTER_PORT
 export PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1
 echo "entrl: $RUN on ${SLURM_JOB_NODELIST}, start $((${SLURM_RESTART_COUNT:-0} + 1)) of job $SLURM_JOB_ID, $(date)"
 

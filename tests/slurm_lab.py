@@ -6,6 +6,7 @@ Two partitions: ``low``, whose jobs are preempted and requeued, and ``high``, wh
 import ctypes
 import getpass
 import os
+import random
 import shutil
 import signal
 import socket
@@ -35,6 +36,7 @@ SlurmdLogFile={folder}/slurmd-%n.log
 StateSaveLocation={folder}/state
 SlurmdParameters=config_overrides             # more CPUs than there are
 SlurmctldParameters=preempt_send_user_signal  # before preemption a job gets its --signal, and GraceTime
+FirstJobId={job}                              # the ranks' port follows from it, and there may be several labs
 MpiDefault=none
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
@@ -100,7 +102,11 @@ class Lab:
         key.write_bytes(os.urandom(128))
         conf = self.folder / "slurm.conf"
         user, host = getpass.getuser(), socket.gethostname().partition(".")[0]
-        conf.write_text(CONF.format(folder=self.folder, user=user, host=host, ports=free_ports(3)))
+        conf.write_text(
+            CONF.format(
+                folder=self.folder, user=user, host=host, ports=free_ports(3), job=10 * random.randrange(1, 1200)
+            )
+        )
         os.environ["SLURM_CONF"] = str(conf)
         files = {name: munge / name for name in ("socket", "pid-file", "log-file", "seed-file")}
         self._daemon("munged", "-F", f"--key-file={key}", *(f"--{k}={v}" for k, v in files.items()))

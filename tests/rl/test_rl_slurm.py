@@ -1,5 +1,7 @@
 """Jobs on a real Slurm, with a small program in the place of rl.rank; test_rl_slurm_train.py trains."""
 
+import socket
+
 import pytest
 
 from rl import slurm
@@ -86,6 +88,10 @@ def start(run, *overrides):
     return job, lambda: (run / "logs" / f"slurm_{job}.out").read_text()
 
 
+def port_of(job):
+    return 20000 + int(job) % 12000
+
+
 def running(run, attempt=1):
     """Both ranks have begun to count."""
     wait_for(lambda: all((run / f"started_{attempt}_{rank}").exists() for rank in (0, 1)))
@@ -101,7 +107,18 @@ def test_two_ranks_on_two_nodes_and_a_log_in_the_run_folder(job):
     number, log = start(run)
     assert ended(number) == "COMPLETED" and (run / "DONE").exists()
     assert {(run / f"place_{rank}").read_text() for rank in (0, 1)} == {"n1", "n2"}
-    assert "rank 1 of 2" in log() and f"127.0.0.1 {20000 + int(number) % 12000} 127.0.0.1" in log()
+    assert "rank 1 of 2" in log() and f"127.0.0.1 {port_of(number)} 127.0.0.1" in log()
+
+
+@pytest.mark.usefixtures("cluster")
+def test_ranks_meet_at_the_next_port_where_theirs_is_taken(job):
+    first, _ = start(job("first"))
+    number = str(int(first) + 1)
+    with socket.create_server(("127.0.0.1", port_of(number))):
+        assert ended(first) == "COMPLETED"
+        second, log = start(job("second"))
+        assert second == number and ended(second) == "COMPLETED"
+    assert f"127.0.0.1 {port_of(number) + 1} 127.0.0.1" in log()
 
 
 @pytest.mark.usefixtures("cluster")
