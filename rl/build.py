@@ -218,6 +218,8 @@ def grpo_config(cfg: DictConfig, output_dir: str, weights: list[float], world: i
             kind = type("_Planned", (_Planned,), {"_world": world})
     elif not gpu:
         options.setdefault("ddp_backend", "gloo")
+    if host := os.environ.get("ENTRL_VLLM_HOST"):  # where a job script started the server: known only once the job runs
+        options["vllm_server_host"] = host
     try:
         return kind(
             output_dir=output_dir,

@@ -25,6 +25,9 @@ usage: entrl VERB [key=value ...] [--config-dir DIR]
   eval    sample a run folder, a saved model or a hub model on held-out problems
             entrl eval runs/NAME eval.samples=32 'eval.ks=[1,8,32]'
             entrl eval Qwen/Qwen2.5-0.5B 'eval.sets=[gsm8k,math500]'
+  slurm   train on a cluster: write the run folder, submit its job (docs/slurm.md)
+            entrl slurm submit engine=zero3 engine.nodes=2 model=qwen3_8b_base data=math slurm.gpus_per_node=8
+            entrl slurm submit --dry-run                     only print the script
   doctor  say everything that is going to go wrong before a night is lost; needs no GPU, key or network
             entrl doctor model=qwen2.5_0.5b data=gsm8k
             entrl doctor --rollouts 32                       also sample, and suggest rho and entropy targets
@@ -45,7 +48,7 @@ experiments, experiment=NAME (add scale=tiny for the embedded model and task):
 
 Files of a run: runs/NAME/. ENTRL_DEBUG=1 shows tracebacks. Documentation: README.md and docs/."""
 
-VERBS = ("train", "resume", "prepare", "eval", "doctor", "rewards", "show")
+VERBS = ("train", "resume", "prepare", "slurm", "eval", "doctor", "rewards", "show")
 
 
 _VALUES = {"--cfg": "job", "--config-dir": "FOLDER", "--out": "FOLDER", "--rollouts": "32"}
@@ -59,6 +62,7 @@ class Arguments(NamedTuple):
     overrides: list[str]
     cfg: bool
     full: bool
+    dry: bool
     config_dir: str | None
     out: str | None
     rollouts: int
@@ -84,27 +88,29 @@ def parse(argv: Sequence[str]) -> Arguments:
             if not equals and not words:
                 raise ConfigError(f"{name} needs a value: {name} {_VALUES[name]}.")
             flags[name] = value if equals else words.pop(0)
-        elif word == "--full":
+        elif word == "--full" or (word == "--dry-run" and verb == "slurm"):
             flags[word] = True
         elif word.startswith("--"):
             raise ConfigError(f"{word} is no option of entrl {verb}. See entrl --help.")
         elif "=" in word or word.startswith("~"):
             overrides.append(word)
-        elif verb in ("eval", "resume", "rewards") and target is None:
+        elif verb in ("eval", "resume", "rewards", "slurm") and target is None:
             target = word
         else:
             raise ConfigError(f"{word!r} is no override. Expected key=value, as trainer.max_steps=100.")
     if flags.get("--cfg", "job") != "job":
         raise ConfigError(f"--cfg {flags['--cfg']} is not known. Expected --cfg job.")
-    if verb == "rewards" and target != "check":
-        raise ConfigError(f"entrl rewards {target or ''}".rstrip() + " is not known. Expected entrl rewards check.")
+    for needs, only in (("rewards", "check"), ("slurm", "submit")):
+        if verb == needs and target != only:
+            raise ConfigError(f"entrl {verb} {target or ''}".rstrip() + f" is not known. Expected entrl {verb} {only}.")
     rollouts = flags.get("--rollouts", "0")
     if not rollouts.isdigit():
         raise ConfigError(
             f"--rollouts {rollouts} is no number of problems. Expected one of at least 1, as --rollouts 32."
         )
     config_dir, out = flags.get("--config-dir"), flags.get("--out")
-    return Arguments(verb, target, overrides, "--cfg" in flags, "--full" in flags, config_dir, out, int(rollouts))
+    given = [name in flags for name in ("--cfg", "--full", "--dry-run")]
+    return Arguments(verb, target, overrides, *given, config_dir, out, int(rollouts))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -144,6 +150,10 @@ def _run(argv: Sequence[str]) -> int:
         from rl.prepare import prepare
 
         print(prepare(cfg, arguments.overrides, argv, here=False))
+    elif arguments.verb == "slurm":
+        from rl.slurm import submit_run
+
+        submit_run(cfg, arguments.overrides, argv, show=arguments.dry or cfg.dry_run)
     elif arguments.verb == "rewards":
         from rl.preflight.doctor import check_rewards
 

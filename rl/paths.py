@@ -16,6 +16,12 @@ def configs_dir() -> Path:
     return packaged if packaged.is_dir() else _HERE.parent / "configs"
 
 
+def slurm_dir() -> Path:
+    """The parts of sbatch scripts: beside the package in a checkout, inside it in a wheel."""
+    packaged = _HERE / "_slurm"
+    return packaged if packaged.is_dir() else _HERE.parent / "slurm"
+
+
 def find_model(target: str) -> str:
     """A name ``from_pretrained`` takes, for ``builtin:NAME``, a run folder, a saved model or a hub id.
 

@@ -118,8 +118,12 @@ def manifest(seed: int) -> dict[str, Any]:
 
 def update_manifest(folder: Path, values: Mapping[str, Any]) -> None:
     """Add to manifest.json what is known only later, as the W&B id."""
-    path = folder / "manifest.json"
-    write_json(path, {**json.loads(path.read_text()), **values})
+    write_json(folder / "manifest.json", {**read_manifest(folder), **values})
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What manifest.json holds."""
+    return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
 
 
 _MARKERS = {"DONE": "done", "FAILED": "failed", "STOPPED": "stopped"}
