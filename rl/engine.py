@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from trl.models import unwrap_model_for_generation
 
 from rl.errors import ConfigError
+from rl.slurm_site import gpus_per_node
 
 _DEEPSPEED_FILE = "deepspeed.json"  # of a run folder; accelerate wants a file
 
@@ -60,17 +61,17 @@ def engine(cfg: DictConfig, here: bool = True) -> Engine:
     """The engine of ``cfg.engine``.
 
     Args:
-        here: whether it will run on this machine, whose GPUs are then counted.
+        here: whether it will run on this machine, whose GPUs are then counted; else a node has ``slurm.gpus_per_node``.
 
     Raises:
         ConfigError: numbers that do not work, DeepSpeed missing or without a ZeRO stage.
     """
     node = cfg.engine
-    gpus = torch.cuda.device_count() if here else 0
+    gpus = torch.cuda.device_count() if here else gpus_per_node(cfg)
     processes = node.processes
     if processes is None:
         if not gpus:
-            where = "and this machine has no GPU to count" if here else "and the GPUs of the nodes are not known here"
+            where = "and this machine has no GPU to count" if here else "nor is slurm.gpus_per_node"
             raise ConfigError(f"engine.processes is not set, {where}. Say how many a node: engine.processes=2.")
         processes = gpus
     for key, value in (("processes", processes), ("nodes", node.nodes)):

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from rl.errors import ConfigError
 from rl.paths import find_model, slurm_dir
-from rl.slurm_site import check, directive, gpus_per_node, lines
+from rl.slurm_site import check, directive, lines
 
 
 class _Script(string.Template):
@@ -125,8 +125,6 @@ def submit_run(cfg: DictConfig, overrides: Sequence[str], argv: Sequence[str], s
     from rl import prepare, rundir
 
     check(cfg)
-    if cfg.engine.processes is None:
-        cfg.engine.processes = gpus_per_node(cfg)
     if show:
         prepare.check(cfg, here=False)
         name = cfg.run.name or rundir.run_name(cfg.model.name, cfg.data.name, list(cfg.plugin), cfg.seed)

@@ -44,8 +44,9 @@ def test_what_does_not_work_is_said(overrides, says, monkeypatch):
 def test_processes_default_to_the_gpus_of_this_machine(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert of("engine=zero2").processes == 4
-    with pytest.raises(ConfigError, match="the GPUs of the nodes are not known here"):
+    with pytest.raises(ConfigError, match="nor is slurm.gpus_per_node"):
         of("engine=zero2", here=False)
+    assert of("engine=zero2", "slurm.gpus_per_node=a100:8", here=False).processes == 8
     with pytest.raises(ConfigError, match="this machine has 4 GPUs"):
         check_gpus(of("engine=zero2", "engine.processes=8"))
 
