@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
+import fcntl
 import os
 import signal
 import sys
@@ -15,8 +17,9 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import IO
 
-from rl.errors import DONE, Stopped, guarded, user_errors
+from rl.errors import DONE, ConfigError, Stopped, guarded, user_errors
 from rl.stop import StopSignal
 
 
@@ -43,6 +46,8 @@ def attempt(folder: Path, rank: int, redirect: bool) -> Iterator[None]:
         redirect: send the output of ranks above 0 to their log; the first rank keeps the console.
     """
     logs = folder / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    lock = _only_one(logs) if rank == 0 else None
     number = 1
     while (logs / f"attempt_{number}" / f"rank_{rank}.log").exists():
         number += 1
@@ -62,6 +67,24 @@ def attempt(folder: Path, rank: int, redirect: bool) -> Iterator[None]:
             text = f"entrl: {error}" if mine else "".join(traceback.format_exception(error))
             log.with_suffix(".error").write_text(text, encoding="utf-8")
         raise
+    finally:
+        if lock is not None:
+            lock.close()
+
+
+def _only_one(logs: Path) -> IO[str]:
+    """A lock that this process holds until it closes the file or ends, however it ends; its children do not inherit it."""
+    lock = open(logs / ".lock", "w", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.close()
+        if error.errno not in (errno.EACCES, errno.EAGAIN):  # a file system without locks
+            return open(os.devnull, "w", encoding="utf-8")
+        raise ConfigError(
+            f"{logs.parent} is being trained by another process. Wait for it, or stop it first."
+        ) from error
+    return lock
 
 
 def _end_with_the_launcher() -> None:

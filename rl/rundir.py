@@ -24,6 +24,7 @@ _VERSIONS = (
     "trl",
     "accelerate",
     "peft",
+    "deepspeed",
     "datasets",
     "hydra-core",
     "wandb",

@@ -48,6 +48,11 @@ def run(cfg: DictConfig, overrides: Sequence[str], argv: Sequence[str]) -> Path 
     """
     quiet()
     started = time.perf_counter()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            "entrl train starts its processes itself, as engine=ddp engine.processes=8. For another launcher: entrl prepare ..., and "
+            "then torchrun ... -m rl.rank RUN."
+        )
     folder = to_resume(cfg)
     if folder is not None:
         return resume(folder, cfg.trainer.max_steps)

@@ -157,3 +157,18 @@ def test_prepare_writes_a_folder_and_says_what_cannot_be_started_here(tmp_path):
     assert code == 2 and "is for 2 nodes" in said and "--nnodes 2 --nproc-per-node 8" in said
     code, said = finish("rl.launch", tmp_path, out=tmp_path / "out.txt")
     assert code == 2 and "is no run folder" in said
+
+
+def test_a_run_that_goes_on_is_not_started_a_second_time(tmp_path):
+    run = tmp_path / "run"
+    process = start("rl.cli", *train(run, "trainer.max_steps=2000", "eval.before=false"), out=tmp_path / "out.txt")
+    try:
+        wait_for_step(run, 1, process)
+        code, said = finish("rl.cli", "resume", run, out=tmp_path / "again.txt")
+        assert code == 2 and "is being trained by another process" in said
+        assert process.poll() is None and state(run) == "open"
+    finally:
+        process.kill()
+    process.wait()
+    code, said = finish("rl.cli", *train(run), out=tmp_path / "torchrun.txt", WORLD_SIZE="2", RANK="0")
+    assert code == 2 and "starts its processes itself" in said
