@@ -25,6 +25,9 @@ usage: entrl VERB [key=value ...] [--config-dir DIR]
             entrl doctor --rollouts 32                       also sample, and suggest rho and entropy targets
   rewards check whether rewards tell right from wrong on the data
             entrl rewards check data=math500 data.path=math500.parquet
+  sync    deliver to W&B what it lacks of runs that were offline, cut off or resumed; can be repeated
+            entrl sync runs/NAME
+            entrl sync runs
   show    print what an experiment or override changes against the default (--full: everything)
             entrl show experiment=paper/steer
             entrl show --full plugin=[steer]
@@ -40,7 +43,7 @@ experiments, experiment=NAME (add scale=tiny for the embedded model and task):
 
 Files of a run: runs/NAME/. ENTRL_DEBUG=1 shows tracebacks. Documentation: README.md and docs/."""
 
-VERBS = ("train", "eval", "doctor", "rewards", "show")
+VERBS = ("train", "eval", "doctor", "rewards", "sync", "show")
 
 
 _VALUES = {"--cfg": "job", "--config-dir": "FOLDER", "--out": "FOLDER", "--rollouts": "32"}
@@ -103,7 +106,7 @@ def parse(argv: Sequence[str]) -> Arguments:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; the exit code is 0, 2 for an error of the user's, 130 after Ctrl-C."""
+    """Run a command line; the exit code is 0, 1 where a delivery failed, 2 for an error of the user's, 130 after Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or {"-h", "--help", "help"} & set(argv):
         print(help_text())
@@ -124,6 +127,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str]) -> int:
+    if argv[0] == "sync":
+        from rl.sync import sync
+
+        return sync(argv[1:])
     arguments = parse(argv)
     _environment()
     from omegaconf import OmegaConf
