@@ -61,28 +61,30 @@ def run_folders(path: Path) -> list[Path]:
 
 
 def _deliver(folder: Path) -> tuple[bool, str]:
-    """Whether W&B has the run now, and what to say."""
+    """Whether nothing is left to do for a run, and what to say of it."""
     record, last = Record.load(folder), last_step(folder)
     if record.delivered == last:
         return True, f"nothing missing, W&B has all {last} steps"
-    with open(folder / "metrics.jsonl", "a", encoding="utf-8") as held:
-        if not lock(held):
-            return True, "is going on; sync it when it has ended"
-        if not has_key():
-            raise ConfigError("No W&B key was found in WANDB_API_KEY or ~/.netrc. Run wandb login, then entrl sync again.")
-        # without an end on record it was killed
-        failed = record.failed is not False
-        try:
-            run = WandbRun(
-                folder, record, "online", _config(folder), init_timeout=INIT_TIMEOUT, finish_timeout=FINISH_TIMEOUT
-            )
-            sent = run.catch_up()
-            if not run.finish(record.summary or {}, failed):
-                return False, f"failed: W&B did not take all of {sent} steps"
-        except Exception as error:  # of any kind: wandb is a network client with a process of its own
-            return False, f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
-        record.save(folder, delivered=last)
-        return True, f"{sent} of {last} steps sent: {run.url}"
+    if not has_key():
+        raise ConfigError("No W&B key was found in WANDB_API_KEY or ~/.netrc. Run wandb login, then entrl sync again.")
+    try:
+        with open(folder / "metrics.jsonl", "a", encoding="utf-8") as held:
+            return _send(folder, record, last) if lock(held) else (True, "is going on; sync it when it has ended")
+    except Exception as error:  # of any kind: wandb is a network client with a process of its own
+        return False, f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+
+
+def _send(folder: Path, record: Record, last: int) -> tuple[bool, str]:
+    timeouts = {"init_timeout": INIT_TIMEOUT, "finish_timeout": FINISH_TIMEOUT}
+    run = WandbRun(folder, record, "online", _config(folder), **timeouts)
+    try:
+        sent = run.catch_up()
+    finally:
+        arrived = run.finish(record.summary or {}, failed=record.failed is not False)  # no end on record: it was killed
+    if not arrived:
+        return False, f"failed: W&B did not take all of {sent} steps"
+    record.save(folder, delivered=last)
+    return True, f"{sent} of {last} steps sent: {run.url}"
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -11,12 +11,14 @@ import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, TextIO
+from typing import TYPE_CHECKING, Any, Literal, Self, TextIO
 from urllib.parse import urlparse
 
-from rl.dynamics import Histogram
 from rl.errors import ConfigError
 from rl.wandb_run import Record, WandbRun, new_run_id, read_lines
+
+if TYPE_CHECKING:  # torch takes seconds to import, which entrl sync has no use for
+    from rl.dynamics import Histogram
 
 Mode = Literal["auto", "online", "offline", "disabled"]
 
@@ -142,7 +144,9 @@ class Tracker:
         except Exception as error:  # of any kind: wandb is a network client with a process of its own
             if not self._lost:
                 reason = (str(error).splitlines() or [""])[0][:200]
-                print(f"W&B {what} ({type(error).__name__}: {reason}). metrics.jsonl has everything; entrl sync delivers it.")
+                print(
+                    f"W&B {what} ({type(error).__name__}: {reason}). metrics.jsonl has everything; entrl sync delivers it."
+                )
             self._lost = True
             return None
 

@@ -7,12 +7,14 @@ Here the server is asked which steps it has, and gets the others.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import secrets
 import shutil
 import string
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -95,11 +97,14 @@ class WandbRun:
         import wandb
 
         self.folder, self.online = Path(folder), mode == "online"
+        self._finish_timeout = finish_timeout
+        self._table: threading.Thread | None = None
         settings = wandb.Settings(
             init_timeout=init_timeout,
             finish_timeout=finish_timeout,
             finish_timeout_raises=True,
             silent=True,
+            reinit="create_new",  # otherwise a second run of this process would be the first one again
             console="off",
             x_disable_stats=True,
         )
@@ -142,13 +147,29 @@ class WandbRun:
         self._run.log(row, step=line["step"])
 
     def send_table(self, line: Mapping[str, Any]) -> None:
-        """Send one line of ``tables.jsonl``, under a key of its own for each step, so that every one stays browsable."""
+        """Send one line of ``tables.jsonl``, into the row that is open.
+
+        Online, wandb asks the server about every table first, and waits 19 s for one that does not answer. The training does not:
+        a thread does, and a table that comes meanwhile is left out.
+        """
+        if not self.online:
+            self._log_table(line)
+        elif self._table is None or not self._table.is_alive():
+            self._table = threading.Thread(target=self._try_table, args=(line,), daemon=True)
+            self._table.start()
+
+    def _try_table(self, line: Mapping[str, Any]) -> None:
+        # a refused table, or one that is late for the end of the run; rollouts/ has its rows
+        with contextlib.suppress(Exception):
+            self._log_table(line)
+
+    def _log_table(self, line: Mapping[str, Any]) -> None:
         import wandb
 
-        step, rows = line["step"], line["rows"]
-        if step >= self.first:
-            table = wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
-            self._run.log({f"{line['name']}/step_{step:06d}": table}, step=step)
+        # a key for each step, because W&B shows the last table of a key only
+        rows = line["rows"]
+        table = wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
+        self._run.log({f"{line['name']}/step_{line['step']:06d}": table}, commit=False)
 
     def catch_up(self) -> int:
         """Send what the run folder holds and the server does not; returns the number of steps sent.
@@ -160,14 +181,18 @@ class WandbRun:
             tables.setdefault(table["step"], []).append(table)
         sent = 0
         for line in read_lines(self.folder / "metrics.jsonl"):
+            if line["step"] < self.first:
+                continue
             self.send(line)
             for table in tables.get(line["step"], []):
-                self.send_table(table)
-            sent += line["step"] >= self.first
+                self._log_table(table)
+            sent += 1
         return sent
 
     def finish(self, summary: Mapping[str, float], failed: bool) -> bool:
         """Close the run and wait for the uploads, ``finish_timeout`` seconds at most; returns whether the server has it all."""
+        if self._table is not None:
+            self._table.join(timeout=min(10.0, self._finish_timeout))
         self._run.summary.update(dict(summary))
         try:
             self._run.finish(exit_code=int(failed))

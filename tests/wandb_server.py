@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import re
@@ -103,9 +104,13 @@ class _Handler(BaseHTTPRequestHandler):
             state.run(name).files[path] = body
             self._answer({})
         elif self.path == "/graphql":
-            self._answer({"data": self._operation(json.loads(body or b"{}"))})
+            self._answer({"data": self._operation(json.loads(body))})
         else:
             self._answer({})
+
+    def handle(self):
+        with contextlib.suppress(ConnectionError):  # clients that are killed, or give up
+            super().handle()
 
     do_GET = do_PUT = do_POST = _handle
 
@@ -174,6 +179,9 @@ class _Handler(BaseHTTPRequestHandler):
         files = [{"name": name, "uploadUrl": f"{host}/upload/{run}/{name}"} for name in variables.get("files", [])]
         return {"createRunFiles": {"runID": run, "uploadHeaders": [], "files": files}}
 
+    def _artifact_type(self, variables):
+        return {"project": {"artifact": None}}
+
     def _artifact(self, variables):
         artifact = {"id": "1", "state": "COMMITTED", "artifactSequence": {"latestArtifact": None}}
         return {"createArtifact": {"artifact": artifact}}
@@ -185,5 +193,6 @@ _ANSWERS = {
     "UpsertBucket": _Handler._upsert,
     "RunResumeStatus": _Handler._resume,
     "CreateRunFiles": _Handler._run_files,
+    "ArtifactType": _Handler._artifact_type,
     "CreateArtifact": _Handler._artifact,
 }
