@@ -61,6 +61,7 @@ class Tracker:
         self._run: WandbRun | None = None
         self._record: Record | None = None
         self._lost = False
+        self._said: set[str] = set()
         if mode == "disabled":
             return
         earlier = Record.load(self.folder)
@@ -142,12 +143,11 @@ class Tracker:
         try:
             return action()
         except Exception as error:  # of any kind: wandb is a network client with a process of its own
-            if not self._lost:
-                reason = (str(error).splitlines() or [""])[0][:200]
-                print(
-                    f"W&B {what} ({type(error).__name__}: {reason}). metrics.jsonl has everything; entrl sync delivers it."
-                )
             self._lost = True
+            if what not in self._said:
+                self._said.add(what)
+                reason = (str(error).splitlines() or [""])[0][:200]
+                print(f"W&B {what} ({type(error).__name__}: {reason}). Nothing is lost: entrl sync delivers it.")
             return None
 
 

@@ -15,6 +15,7 @@ import secrets
 import shutil
 import string
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -99,6 +100,7 @@ class WandbRun:
         self.folder, self.online = Path(folder), mode == "online"
         self._finish_timeout = finish_timeout
         self._table: threading.Thread | None = None
+        self._time = time.time()
         settings = wandb.Settings(
             init_timeout=init_timeout,
             finish_timeout=finish_timeout,
@@ -124,6 +126,8 @@ class WandbRun:
                 settings=settings,
             )
         except Exception:
+            with contextlib.suppress(Exception):
+                wandb.teardown()  # its process would hold the id of the failed run as taken
             self._remove_empty(there)
             raise
         self._run.define_metric("train/global_step")
@@ -141,7 +145,7 @@ class WandbRun:
             if isinstance(value, Mapping):
                 row[name] = wandb.Histogram(np_histogram=(value["counts"], value["edges"]))
             elif name == "time/at":
-                row["_timestamp"] = value
+                self._time = row["_timestamp"] = value  # W&B's axis of wall time, also for steps that are sent later
             elif name != "step":
                 row[name] = math.nan if value is None else value
         self._run.log(row, step=line["step"])
@@ -169,7 +173,7 @@ class WandbRun:
         # a key for each step, because W&B shows the last table of a key only
         rows = line["rows"]
         table = wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
-        self._run.log({f"{line['name']}/step_{line['step']:06d}": table}, commit=False)
+        self._run.log({f"{line['name']}/step_{line['step']:06d}": table, "_timestamp": self._time}, commit=False)
 
     def catch_up(self) -> int:
         """Send what the run folder holds and the server does not; returns the number of steps sent.

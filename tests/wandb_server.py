@@ -8,11 +8,33 @@ from __future__ import annotations
 import contextlib
 import gzip
 import json
+import os
 import re
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 KEY = "k" * 40
+
+
+def use(monkeypatch, home, url: str | None = None):
+    """Make wandb use this server with a key, or none of both, and keep it out of the user's home."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("NETRC", str(home / ".netrc"))
+    for name in ("CONFIG", "CACHE", "DATA"):
+        monkeypatch.setenv(f"WANDB_{name}_DIR", str(home / name))
+    if url is not None:
+        monkeypatch.setenv("WANDB_BASE_URL", url)
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
+
+
+def forget():
+    """Let the next run read the settings anew, which wandb does once in a process."""
+    if "wandb" in sys.modules:
+        with contextlib.suppress(ConnectionError):  # its process was killed
+            sys.modules["wandb"].teardown()
 
 
 class Server:
