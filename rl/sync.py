@@ -10,7 +10,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from rl.errors import ConfigError
-from rl.tracking import has_key, last_step, lock, without_secrets
+from rl.redact import without_secrets
+from rl.tracking import has_key, last_step, lock
 from rl.wandb_run import Record, WandbRun
 
 INIT_TIMEOUT, FINISH_TIMEOUT = 30.0, 600.0  # seconds; nothing waits for this command, and tables may be many

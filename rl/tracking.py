@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TextIO
 from urllib.parse import urlparse
 
 from rl.errors import ConfigError
+from rl.redact import without_secrets
 from rl.wandb_run import Record, WandbRun, new_run_id, read_lines
 
 if TYPE_CHECKING:  # torch takes seconds to import, which entrl sync has no use for
     from rl.dynamics import Histogram
 
 Mode = Literal["auto", "online", "offline", "disabled"]
-
-_SECRET_WORDS = ("api_key", "apikey", "access_key", "private_key", "password", "passwd", "secret", "credential")
 
 
 class Tracker:
@@ -193,19 +192,3 @@ def has_key() -> bool:
         return netrc.netrc().authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False
-
-
-def without_secrets(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration without keys named like a credential, at any depth."""
-
-    def secret(key: str) -> bool:
-        key = key.lower()
-        # hub_token is a secret, max_completion_tokens, tokenizer and token_level are not
-        return any(word in key for word in _SECRET_WORDS) or key.endswith("token")
-
-    def clean(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return without_secrets(value)
-        return [clean(item) for item in value] if isinstance(value, list) else value
-
-    return {key: clean(value) for key, value in config.items() if not secret(str(key))}

@@ -14,6 +14,7 @@ import os
 import secrets
 import shutil
 import string
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from rl.redact import public_words
 from rl.rundir import write_json
 
 
@@ -71,6 +73,17 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
                 continue
 
 
+@contextlib.contextmanager
+def _public_arguments() -> Iterator[None]:
+    """Hide secrets on the command line, which wandb uploads."""
+    words = sys.argv
+    sys.argv = public_words(words)
+    try:
+        yield
+    finally:
+        sys.argv = words
+
+
 class WandbRun:
     """An open W&B run.
 
@@ -112,19 +125,20 @@ class WandbRun:
         )
         there = set(self._segments())
         try:
-            self._run = wandb.init(
-                project=record.project,
-                entity=record.entity,
-                name=record.name,
-                group=record.group,
-                tags=list(record.tags),
-                config=dict(config),
-                dir=str(folder),
-                id=record.id,
-                mode=mode,
-                resume="allow" if self.online else None,
-                settings=settings,
-            )
+            with _public_arguments():
+                self._run = wandb.init(
+                    project=record.project,
+                    entity=record.entity,
+                    name=record.name,
+                    group=record.group,
+                    tags=list(record.tags),
+                    config=dict(config),
+                    dir=str(folder),
+                    id=record.id,
+                    mode=mode,
+                    resume="allow" if self.online else None,
+                    settings=settings,
+                )
         except Exception:
             with contextlib.suppress(Exception):
                 wandb.teardown()  # its process would hold the id of the failed run as taken

@@ -14,7 +14,7 @@ from wandb_server import KEY, Server, forget, use
 
 from rl.dynamics import Histogram
 from rl.errors import ConfigError
-from rl.tracking import Tracker, resolve_mode, without_secrets
+from rl.tracking import Tracker, resolve_mode
 from rl.wandb_run import Record, new_run_id, read_lines
 
 HIST = {"entropy/hist": Histogram([3, 1], [0.0, 0.5, 2.0])}
@@ -101,25 +101,8 @@ def test_a_key_in_netrc_counts(home):
     assert resolve_mode("auto") == "online"
 
 
-def test_secrets_are_left_out_at_any_depth_and_token_counts_are_not():
-    config = {"a": {"api_key": "x", "max_new_tokens": 3, "hub_token": "y"}, "password": "z", "tokenizer": "t"}
-    assert without_secrets(config) == {"a": {"max_new_tokens": 3}, "tokenizer": "t"}
-
-
-@pytest.mark.parametrize(
-    "key", ["token_secret", "tokenizer_password", "access_key", "PRIVATE_KEY", "passwd", "credentials", "authtoken"]
-)
-def test_a_secret_is_left_out_whatever_else_its_name_says(key):
-    assert without_secrets({key: "x", "a": [{key: "x", "b": 1}]}) == {"a": [{"b": 1}]}
-
-
-@pytest.mark.parametrize("key", ["answer_key", "max_tokens", "token_level", "tokenizer_name"])
-def test_what_is_no_secret_stays(key):
-    """The run folder's config.yaml goes the same way and is read back."""
-    assert without_secrets({key: 1}) == {key: 1}
-
-
-def test_an_online_run_arrives_whole(server, tmp_path, home):
+def test_an_online_run_arrives_whole(server, tmp_path, home, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["entrl", "train", "trainer.hub_token=hf_secret", "seed=3"])
     t = tracker(
         tmp_path, "auto", group="sweep", tags=["steer"], config={"lr": 0.1, "hub_token": "hf_secret"}, run_id="abcd"
     )
@@ -138,6 +121,7 @@ def test_an_online_run_arrives_whole(server, tmp_path, home):
     assert (run.info["displayName"], run.info["groupName"], run.info["tags"]) == ("n", "sweep", ["steer"])
     assert run.config["lr"]["value"] == 0.1 and "hub_token" not in run.config
     assert Record.load(tmp_path).delivered == 2 and t.where == f"{server.url}/me/p/runs/abcd"
+    assert b"seed=3" in run.files["wandb-metadata.json"] and sys.argv[2] == "trainer.hub_token=hf_secret"
     for path in [p for folder in (tmp_path, home) for p in folder.rglob("*") if p.is_file()]:
         content = path.read_bytes()
         assert KEY.encode() not in content and b"hf_secret" not in content, path
