@@ -235,6 +235,17 @@ def test_the_end_of_the_wandb_process_is_one_warning(server, tmp_path, capsys):
     assert len(_lines(tmp_path)) == 4 and t.where == f"entrl sync {tmp_path}"
 
 
+def test_two_runs_of_one_process_are_two(server, tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    both = [tracker(tmp_path / name, "online", run_id=name * 8) for name in "ab"]
+    for steps, t in enumerate(both, start=1):
+        log(t, 1, steps)
+    for t in both:
+        t.finish({})
+    assert {name: run.steps for name, run in server.runs.items()} == {"aaaaaaaa": [1], "bbbbbbbb": [1, 2]}
+
+
 def test_an_exception_ends_the_run_as_failed(server, tmp_path):
     with pytest.raises(ValueError, match="boom"), tracker(tmp_path, "online") as t:
         log(t, 1, 1)
