@@ -170,6 +170,8 @@ class WandbRun:
         Online, wandb asks the server about every table first, and waits 19 s for one that does not answer. The training does not:
         a thread does, and a table that comes meanwhile is left out.
         """
+        if line["step"] < self.first:  # no row is open for it: it would make one, and pass for a step that is there
+            return
         if not self.online:
             self._log_table(line)
         elif self._table is None or not self._table.is_alive():
