@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import NamedTuple
 
 import rl
 from rl.errors import ConfigError, guarded
+from rl.quiet import settle_environment
 
 HELP = """entrl {version}: GRPO for language models, looking at and acting on the entropy of every token
 
@@ -33,6 +33,9 @@ usage: entrl VERB [key=value ...] [--config-dir DIR]
             entrl doctor --rollouts 32                       also sample, and suggest rho and entropy targets
   rewards check whether rewards tell right from wrong on the data
             entrl rewards check data=math500 data.path=math500.parquet
+  sync    deliver to W&B what it lacks of runs that were offline, cut off or resumed; can be repeated
+            entrl sync runs/NAME
+            entrl sync runs
   show    print what an experiment or override changes against the default (--full: everything)
             entrl show experiment=paper/steer
             entrl show --full plugin=[steer]
@@ -48,7 +51,7 @@ experiments, experiment=NAME (add scale=tiny for the embedded model and task):
 
 Files of a run: runs/NAME/. ENTRL_DEBUG=1 shows tracebacks. Documentation: README.md and docs/."""
 
-VERBS = ("train", "resume", "prepare", "slurm", "eval", "doctor", "rewards", "show")
+VERBS = ("train", "resume", "prepare", "slurm", "sync", "eval", "doctor", "rewards", "show")
 
 
 _VALUES = {"--cfg": "job", "--config-dir": "FOLDER", "--out": "FOLDER", "--rollouts": "32"}
@@ -126,8 +129,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str]) -> int:
+    if argv[0] == "sync":
+        from rl.sync import sync
+
+        return sync(argv[1:])
     arguments = parse(argv)
-    _environment()
+    settle_environment()
     from omegaconf import OmegaConf
 
     from rl.config import compose, differences
@@ -188,13 +195,6 @@ def _resume(arguments: Arguments) -> int:
 
     resume(Path(arguments.target))
     return 0
-
-
-def _environment() -> None:
-    """Before torch and transformers are imported: what they read from the environment once."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 
 def help_text() -> str:

@@ -12,7 +12,7 @@ from rl.config import differences
 from rl.engine import Engine, engine, write_deepspeed
 from rl.errors import CheckpointError, ConfigError
 from rl.preflight.brief import Ready, before_training, settings_only
-from rl.tracking import without_secrets
+from rl.redact import without_secrets
 
 
 def prepare(cfg: DictConfig, overrides: Sequence[str], argv: Sequence[str], here: bool = True) -> Path:
@@ -25,6 +25,7 @@ def prepare(cfg: DictConfig, overrides: Sequence[str], argv: Sequence[str], here
     Raises:
         ConfigError: what stops the run, a line each. RunExistsError: the name is taken.
     """
+    refuse_secrets(cfg)
     check(cfg, here)
     return write(cfg, overrides, argv, engine(cfg, here))
 
@@ -38,6 +39,16 @@ def check(cfg: DictConfig, here: bool = True) -> Ready | None:
         return before_training(cfg)
     settings_only(cfg)
     return None
+
+
+def refuse_secrets(cfg: DictConfig) -> None:
+    """Raise ConfigError for a secret in ``cfg``: other processes read the run folder, which holds none."""
+    public = OmegaConf.create(without_secrets(OmegaConf.to_container(cfg)))
+    if secrets := [key for key, (_, value) in differences(cfg, public).items() if value is not None]:
+        raise ConfigError(
+            f"{secrets[0]} is a secret, which no run folder holds, and the run's processes read theirs there. Give it in the environment "
+            "instead, as HF_TOKEN or WANDB_API_KEY."
+        )
 
 
 def write(cfg: DictConfig, overrides: Sequence[str], argv: Sequence[str], found: Engine) -> Path:

@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
+
+
+def settle_environment() -> None:
+    """Before torch and transformers are imported: what they read from the environment once."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 
 def quiet() -> None:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
-import fcntl
 import os
 import signal
 import sys
@@ -17,9 +15,10 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO
 
 from rl.errors import DONE, ConfigError, Stopped, guarded, user_errors
+from rl.quiet import settle_environment
+from rl.rundir import hold
 from rl.stop import StopSignal
 
 
@@ -28,6 +27,7 @@ def main(argv: Sequence[str]) -> int:
     folder = Path(argv[0])
     with StopSignal() as stop:  # before the slow imports, so that no signal is lost
         _end_with_the_launcher()
+        settle_environment()
         rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
         with attempt(folder, rank, redirect=True):
             from rl.engine import take_place
@@ -46,8 +46,9 @@ def attempt(folder: Path, rank: int, redirect: bool) -> Iterator[None]:
         redirect: send the output of ranks above 0 to their log; the first rank keeps the console.
     """
     logs = folder / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    lock = _only_one(logs) if rank == 0 else None
+    lock = hold(folder) if rank == 0 else None
+    if rank == 0 and lock is None:
+        raise ConfigError(f"{folder} is being trained by another process. Wait for it, or stop it first.")
     number = 1
     while (logs / f"attempt_{number}" / f"rank_{rank}.log").exists():
         number += 1
@@ -70,21 +71,6 @@ def attempt(folder: Path, rank: int, redirect: bool) -> Iterator[None]:
     finally:
         if lock is not None:
             lock.close()
-
-
-def _only_one(logs: Path) -> IO[str]:
-    """A lock that this process holds until it closes the file or ends, however it ends; its children do not inherit it."""
-    lock = open(logs / ".lock", "w", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        lock.close()
-        if error.errno not in (errno.EACCES, errno.EAGAIN):  # a file system without locks
-            return open(os.devnull, "w", encoding="utf-8")
-        raise ConfigError(
-            f"{logs.parent} is being trained by another process. Wait for it, or stop it first."
-        ) from error
-    return lock
 
 
 def _end_with_the_launcher() -> None:

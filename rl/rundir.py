@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import platform
@@ -13,9 +15,10 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from rl.errors import ConfigError, RunExistsError
+from rl.redact import public_words
 
 _VERSIONS = (
     "entrl",
@@ -76,6 +79,21 @@ def create(directory: Path, name: str, overwrite: bool) -> Path:
     return folder
 
 
+def hold(folder: Path) -> IO[str] | None:
+    """Hold a run folder until the file is closed or this process ends, however it ends; None while another process does.
+
+    Child processes do not inherit the hold. A file system without locks lets everybody have it.
+    """
+    lock = open(Path(folder) / ".lock", "w", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            lock.close()
+            return None
+    return lock
+
+
 def write_text(path: Path, text: str) -> None:
     """Write to a temporary name and rename, so that no reader ever sees half a file."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # several ranks may have something to say at once
@@ -94,10 +112,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def describe(folder: Path, config_yaml: str, overrides: Sequence[str], argv: Sequence[str], seed: int) -> None:
-    """Write config.yaml, overrides.txt, command.sh and manifest.json."""
+    """Write config.yaml, overrides.txt, command.sh and manifest.json, secrets of the command line masked."""
     write_text(folder / "config.yaml", config_yaml)
-    write_text(folder / "overrides.txt", "".join(f"{o}\n" for o in overrides))
-    write_text(folder / "command.sh", shlex.join(["entrl", *argv]) + "\n")
+    write_text(folder / "overrides.txt", "".join(f"{o}\n" for o in public_words(overrides)))
+    write_text(folder / "command.sh", shlex.join(["entrl", *public_words(argv)]) + "\n")
     write_json(folder / "manifest.json", manifest(seed))
 
 

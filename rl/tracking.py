@@ -7,28 +7,34 @@ import math
 import netrc
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 from urllib.parse import urlparse
 
-from rl.dynamics import Histogram
 from rl.errors import ConfigError
+from rl.redact import without_secrets
+from rl.wandb_run import Record, WandbRun, new_run_id, read_lines
+
+if TYPE_CHECKING:  # torch takes seconds to import, which entrl sync has no use for
+    from rl.dynamics import Histogram
 
 Mode = Literal["auto", "online", "offline", "disabled"]
 
-_SECRET_WORDS = ("api_key", "apikey", "access_key", "private_key", "password", "passwd", "secret", "credential")
-
 
 class Tracker:
-    """One run's log on the main process.
+    """One run's log on the main process. Nothing that W&B does stops a training: what fails there is one warning.
+
+    In a folder with steps in ``metrics.jsonl`` the W&B run of the earlier attempt goes on; steps that the server lacks are sent first.
 
     Args:
         folder: the run folder. project, entity, name, group, tags: as in W&B.
         mode: "auto" takes WANDB_MODE if set, else online if a key is found, else offline. A failing online start falls back
-            to offline. "disabled" writes metrics.jsonl only.
+            to offline under the same id. "disabled" writes metrics.jsonl only.
         config: the resolved configuration; keys that look like secrets are left out.
-        run_id: continue this W&B run.
+        run_id: of the W&B run, see :func:`new_run_id`; None: the one this folder had before, else a new one.
+        init_timeout, finish_timeout: seconds that W&B may take to start and to deliver the rest.
     """
 
     def __init__(
@@ -43,43 +49,67 @@ class Tracker:
         tags: Sequence[str] = (),
         config: Mapping[str, Any] | None = None,
         run_id: str | None = None,
+        init_timeout: float = 30.0,
+        finish_timeout: float = 60.0,
     ):
         self.folder = Path(folder)
-        self._lines = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
-        self._run = None
         mode = resolve_mode(mode)
-        if mode != "disabled":
-            self._run = _start(
-                self.folder, mode, project, entity, name, group, tags, without_secrets(config or {}), run_id
-            )
+        self._lines = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
+        self._run: WandbRun | None = None
+        self._record: Record | None = None
+        self._lost = False
+        self._said: set[str] = set()
+        if mode == "disabled":
+            return
+        earlier = Record.load(self.folder)
+        run_id = run_id or (earlier.id if earlier else new_run_id())
+        summary = earlier.summary if earlier else None
+        self._record = Record(run_id, project, entity, name, group, list(tags), summary).save(self.folder)
+        public = without_secrets(config or {})
+        timeouts = {"init_timeout": init_timeout, "finish_timeout": finish_timeout}
+
+        def start(mode):
+            return WandbRun(self.folder, self._record, mode, public, **timeouts)
+
+        if mode == "online":
+            self._run = self._try("could not be reached, so this run is recorded offline", lambda: start("online"))
+        if self._run is None:
+            self._run = self._try("cannot write to the run folder", lambda: start("offline"))
+        self._tell("catch up", lambda run: run.catch_up())
 
     def log(self, step: int, metrics: Mapping[str, float], histograms: Mapping[str, Histogram]) -> None:
         """Append one line; numbers that are not finite become null, which every JSON reader understands."""
         line = {"step": step, **{k: v if math.isfinite(v) else None for k, v in metrics.items()}}
         line |= {name: {"counts": h.counts, "edges": [round(e, 6) for e in h.edges]} for name, h in histograms.items()}
+        line["time/at"] = round(time.time(), 3)
         self._lines.write(json.dumps(line) + "\n")
         self._lines.flush()
-        if self._run is not None:
-            import wandb
-
-            shown = {name: wandb.Histogram(np_histogram=(h.counts, h.edges)) for name, h in histograms.items()}
-            self._run.log({**metrics, **shown, "train/global_step": step}, step=step)
+        self._tell("take a step", lambda run: run.send(line))
 
     def table(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Send a table under its own key for each step, so that every one stays browsable in W&B."""
-        if self._run is not None and rows:
-            import wandb
-
-            columns = [k for k, v in rows[0].items() if not isinstance(v, list)]
-            table = wandb.Table(columns=columns, data=[[row[c] for c in columns] for row in rows])
-            self._run.log({f"{name}/step_{step:06d}": table}, step=step)
+        """Show rows in W&B; columns of lists are left out. ``tables.jsonl`` keeps them for ``entrl sync``."""
+        if self._record is None or not rows:
+            return
+        columns = [k for k, v in rows[0].items() if not isinstance(v, list)]
+        line = {"step": step, "name": name, "rows": [{c: row[c] for c in columns} for row in rows]}
+        with open(self.folder / "tables.jsonl", "a", encoding="utf-8") as lines:
+            lines.write(json.dumps(line) + "\n")
+        self._tell("take a table", lambda run: run.send_table(line))
 
     def finish(self, summary: Mapping[str, float], failed: bool = False) -> None:
         """Close the files; ``summary`` stays on the W&B run."""
+        if self._lines.closed:
+            return
         self._lines.close()
-        if self._run is not None:
-            self._run.summary.update(dict(summary))
-            self._run.finish(exit_code=1 if failed else 0)
+        if self._record is None:
+            return
+        kept = {**(self._record.summary or {}), **summary}
+        self._record = self._record.save(self.folder, summary=kept, failed=failed)
+        arrived = self._tell("finish", lambda run: run.finish(kept, failed))
+        if arrived and not self._lost:
+            self._record.save(self.folder, delivered=last_step(self.folder))
+        else:
+            self._lost = True
 
     def __enter__(self) -> Self:
         return self
@@ -90,16 +120,37 @@ class Tracker:
 
     @property
     def id(self) -> str | None:
-        return self._run.id if self._run is not None else None
+        return self._record.id if self._record is not None else None
 
     @property
     def where(self) -> str | None:
-        """The page of an online run, or the command that uploads an offline one."""
-        if self._run is None:
+        """The page of a run that W&B has, or the command that delivers it; known for certain after :meth:`finish`."""
+        if self._record is None:
             return None
-        if self._run.settings.mode == "online":
+        if self._run is not None and self._run.online and not self._lost:
             return self._run.url
-        return f"wandb sync {shlex.quote(str(Path(self._run.dir).parent))}"
+        return f"entrl sync {shlex.quote(str(self.folder))}"
+
+    def _tell(self, what: str, action: Callable[[WandbRun], Any]) -> Any:
+        if self._run is not None:
+            return self._try(f"could not {what}", lambda: action(self._run))
+        return None
+
+    def _try(self, what: str, action: Callable[[], Any]) -> Any:
+        try:
+            return action()
+        except Exception as error:  # of any kind: wandb is a network client with a process of its own
+            self._lost = True
+            if what not in self._said:
+                self._said.add(what)
+                reason = (str(error).splitlines() or [""])[0][:200]
+                print(f"W&B {what} ({type(error).__name__}: {reason}). Nothing is lost: entrl sync delivers it.")
+            return None
+
+
+def last_step(folder: Path) -> int:
+    """The last step in a run folder's ``metrics.jsonl``, 0 without any."""
+    return max((line["step"] for line in read_lines(Path(folder) / "metrics.jsonl")), default=0)
 
 
 def resolve_mode(mode: Mode) -> Mode:
@@ -128,45 +179,3 @@ def has_key() -> bool:
         return netrc.netrc().authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False
-
-
-def _start(folder, mode, project, entity, name, group, tags, config, run_id):
-    import wandb
-
-    settings = wandb.Settings(init_timeout=30, finish_timeout=60, silent=True, console="off", x_disable_stats=True)
-    arguments = {
-        "project": project,
-        "entity": entity,
-        "name": name,
-        "group": group,
-        "tags": list(tags),
-        "config": config,
-        "dir": str(folder),
-        "id": run_id,
-        "resume": "allow" if run_id else None,
-        "settings": settings,
-    }
-    try:
-        run = wandb.init(mode=mode, **arguments)
-    except (wandb.errors.CommError, wandb.errors.UsageError) as error:
-        print(f"W&B could not be reached ({type(error).__name__}); this run is recorded offline.")
-        run = wandb.init(mode="offline", **arguments)
-    run.define_metric("train/global_step")
-    run.define_metric("*", step_metric="train/global_step")
-    return run
-
-
-def without_secrets(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration without keys named like a credential, at any depth."""
-
-    def secret(key: str) -> bool:
-        key = key.lower()
-        # hub_token is a secret, max_completion_tokens, tokenizer and token_level are not
-        return any(word in key for word in _SECRET_WORDS) or key.endswith("token")
-
-    def clean(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return without_secrets(value)
-        return [clean(item) for item in value] if isinstance(value, list) else value
-
-    return {key: clean(value) for key, value in config.items() if not secret(str(key))}

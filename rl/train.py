@@ -26,7 +26,7 @@ from rl.eval_run import evaluate_sets, training_sets
 from rl.evaluate import Evaluation
 from rl.farewell import farewell, flat_metrics, show_evaluations
 from rl.preflight.brief import Ready, before_training
-from rl.prepare import check, read, to_resume, write
+from rl.prepare import check, read, refuse_secrets, to_resume, write
 from rl.quiet import quiet
 from rl.rank import attempt
 from rl.recorder import Recorder
@@ -69,6 +69,8 @@ def run(cfg: DictConfig, overrides: Sequence[str], argv: Sequence[str]) -> Path 
     if cfg.dry_run:
         print("dry run: everything is in order, nothing was trained or written.")
         return None
+    if not in_place:
+        refuse_secrets(cfg)
     folder = write(cfg, overrides, argv, found)
     print(f"run       {folder}\n", flush=True)
     if not in_place:
@@ -173,9 +175,8 @@ def _train_in(folder: Path, cfg, ready: Ready, stop: StopSignal, model, started:
         trainer.add_callback(StopAtBoundary(stop, trainer.accelerator.device))
         summary = _evaluate_and_train(cfg, folder, trainer, ready, sets, stop, newest, started)
         if tracker is not None:
-            where = tracker.where
             tracker.finish(flat_metrics(summary, next(iter(sets))))
-            farewell(folder, where, summary)
+            farewell(folder, tracker.where, summary)
 
 
 @contextmanager
@@ -193,10 +194,15 @@ def _tracker(folder: Path, cfg: DictConfig) -> Iterator[Tracker | None]:
         group=cfg.run.group,
         tags=list(cfg.plugin) or ["grpo"],
         config=OmegaConf.to_container(cfg),
-        run_id=rundir.read_json(folder / "manifest.json").get("wandb_id"),
+        init_timeout=cfg.logger.init_timeout,
+        finish_timeout=cfg.logger.finish_timeout,
     ) as tracker:
         rundir.update_manifest(folder, {"wandb_id": tracker.id})
-        yield tracker
+        try:
+            yield tracker
+        except Stopped:
+            tracker.finish({})  # it goes on: W&B need not call it failed
+            raise
 
 
 def _trainer(cfg, ready: Ready, model, recorder: Recorder, checkpoints, tracker: Tracker | None) -> EntropyTrainer:
@@ -247,6 +253,8 @@ def _evaluate_and_train(cfg, folder, trainer, ready: Ready, sets, stop, newest: 
         raise Stopped(f"{stop} at step {step} of {end}")
     final = str(folder / "checkpoints" / "final")
     trainer.save_model(final)
+    if rank() == 0:
+        (Path(final) / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
     if ready.problems.size is None and step < end:
         raise ConfigError(
             f"data={cfg.data.name} ended after {step} of {end} steps: a stream is shorter than one rollout takes. Loosen "

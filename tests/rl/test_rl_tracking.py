@@ -1,29 +1,48 @@
 import json
 import math
+import os
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
+from wandb_server import KEY, Server, forget, use
 
 from rl.dynamics import Histogram
 from rl.errors import ConfigError
-from rl.tracking import Tracker, resolve_mode, without_secrets
+from rl.tracking import Tracker, resolve_mode
+from rl.wandb_run import Record, new_run_id, read_lines
 
 HIST = {"entropy/hist": Histogram([3, 1], [0.0, 0.5, 2.0])}
+ROWS = [{"prompt": "p", "reward": 1.0, "tokens": ["a"]}]
 
 
 @pytest.fixture(autouse=True)
-def no_account(monkeypatch, tmp_path):
-    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("NETRC", str(tmp_path / ".netrc"))
+def home(monkeypatch, tmp_path_factory):
+    home = tmp_path_factory.mktemp("home")
+    use(monkeypatch, home)
+    yield home
+    forget()
+
+
+@pytest.fixture
+def server(monkeypatch, home):
+    with Server() as server:
+        use(monkeypatch, home, server.url)
+        yield server
 
 
 def tracker(folder, mode, **kwargs):
-    return Tracker(folder, project="p", entity=None, mode=mode, name="n", **kwargs)
+    return Tracker(folder, project="p", entity=None, mode=mode, name="n", init_timeout=2, finish_timeout=2, **kwargs)
+
+
+def log(t, first, last):
+    for step in range(first, last + 1):
+        t.log(step, {"loss": step / 2}, {})
 
 
 def test_every_step_is_one_line_that_strict_json_reads(tmp_path):
@@ -34,23 +53,25 @@ def test_every_step_is_one_line_that_strict_json_reads(tmp_path):
         json.loads(line, parse_constant=lambda c: pytest.fail(c))
         for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
     ]
+    assert all(abs(time.time() - line.pop("time/at")) < 300 for line in lines)
     assert lines[0] == {"step": 1, "a": 1.5, "b": None, "entropy/hist": {"counts": [3, 1], "edges": [0.0, 0.5, 2.0]}}
     assert lines[1] == {"step": 2, "a": None}
     t.finish({})
-    assert t.id is None and t.where is None
+    assert t.id is None and t.where is None and [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_without_a_key_it_is_offline_and_says_how_to_sync(tmp_path):
-    t = tracker(tmp_path, "auto", tags=["fork_mask"], config={"lr": 0.1, "hub_token": "hf_secret"})
+def test_without_a_key_it_is_offline_and_says_how_to_deliver_it(tmp_path):
+    folder = tmp_path / "my runs"
+    folder.mkdir()
+    t = tracker(folder, "auto", tags=["fork_mask"], config={"lr": 0.1, "hub_token": "hf_secret"})
     t.log(1, {"entropy/mean": 0.5}, HIST)
     t.log(2, {"entropy/mean": 0.4}, HIST)
-    t.table(2, "rollouts", [{"prompt": "p", "reward": 1.0, "tokens": ["a"]}])
-    where = t.where
+    t.table(2, "rollouts", ROWS)
     t.finish({"eval/after/pass@1": 0.6})
-    folder = where.removeprefix("wandb sync ")
-    assert folder.startswith(str(tmp_path / "wandb" / "offline-run-"))
+    assert shlex.split(t.where) == ["entrl", "sync", str(folder)]
+    recorded = next((folder / "wandb").glob("offline-run-*"))
     read = subprocess.run(
-        [sys.executable, "-m", "wandb", "leet", "inspect", "--json", folder],
+        [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(recorded)],
         capture_output=True,
         text=True,
         check=False,
@@ -74,52 +95,163 @@ def test_mode(monkeypatch, tmp_path):
         resolve_mode("auto")
 
 
-def test_a_key_in_netrc_counts(tmp_path):
-    (tmp_path / ".netrc").write_text("machine api.wandb.ai\n  login user\n  password " + "x" * 40 + "\n")
-    (tmp_path / ".netrc").chmod(0o600)
+def test_a_key_in_netrc_counts(home):
+    (home / ".netrc").write_text("machine api.wandb.ai\n  login user\n  password " + "x" * 40 + "\n")
+    (home / ".netrc").chmod(0o600)
     assert resolve_mode("auto") == "online"
 
 
-def test_an_unreachable_server_falls_back_to_offline(tmp_path, monkeypatch, capsys):
-    import wandb
+def test_an_online_run_arrives_whole(server, tmp_path, home, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["entrl", "train", "trainer.hub_token=hf_secret", "seed=3"])
+    t = tracker(
+        tmp_path, "auto", group="sweep", tags=["steer"], config={"lr": 0.1, "hub_token": "hf_secret"}, run_id="abcd"
+    )
+    assert t.id == "abcd" and t.where == f"{server.url}/me/p/runs/abcd"
+    t.log(1, {"a": 1.5, "b": math.nan}, HIST)
+    t.table(1, "rollouts", ROWS)
+    t.log(2, {"a": 2.5}, {})
+    t.finish({"eval/pass@1": 0.5})
+    run = server.runs["abcd"]
+    assert run.steps == [1, 2] and run.exit_code == 0
+    first = run.history[0]
+    assert first["a"] == 1.5 and math.isnan(float(first["b"])) and first["train/global_step"] == 1
+    assert first["entropy/hist"]["values"] == [3, 1]
+    assert run.summary["eval/pass@1"] == 0.5
+    assert any("rollouts/step_000001" in row for row in run.history) and any("media/table" in f for f in run.files)
+    assert (run.info["displayName"], run.info["groupName"], run.info["tags"]) == ("n", "sweep", ["steer"])
+    assert run.config["lr"]["value"] == 0.1 and "hub_token" not in run.config
+    assert Record.load(tmp_path).delivered == 2 and t.where == f"{server.url}/me/p/runs/abcd"
+    assert b"seed=3" in run.files["wandb-metadata.json"] and sys.argv[2] == "trainer.hub_token=hf_secret"
+    for path in [p for folder in (tmp_path, home) for p in folder.rglob("*") if p.is_file()]:
+        content = path.read_bytes()
+        assert KEY.encode() not in content and b"hf_secret" not in content, path
+    assert not (home / ".netrc").exists()
 
-    calls, start = [], wandb.init
 
-    def init(mode, **kwargs):
-        calls.append(mode)
-        if mode == "online":
-            raise wandb.errors.CommError("no route")
-        return start(mode=mode, **kwargs)
-
-    monkeypatch.setattr(wandb, "init", init)
+def test_a_resumed_run_has_every_step_once(server, tmp_path):
     t = tracker(tmp_path, "online")
-    assert calls == ["online", "offline"] and t.where.startswith("wandb sync")
-    assert "recorded offline" in capsys.readouterr().out
+    log(t, 1, 5)
     t.finish({})
+    again = tracker(tmp_path, "online")
+    assert again.id == t.id
+    log(again, 4, 4)  # from the checkpoint of step 3, and stopped again before anything new
+    again.table(4, "rollouts", ROWS)
+    again.finish({})
+    assert server.runs[t.id].steps == [1, 2, 3, 4, 5]
+    third = tracker(tmp_path, "online")
+    log(third, 4, 8)
+    third.finish({})
+    assert server.runs[t.id].steps == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
-def test_secrets_are_left_out_at_any_depth_and_token_counts_are_not():
-    config = {"a": {"api_key": "x", "max_new_tokens": 3, "hub_token": "y"}, "password": "z", "tokenizer": "t"}
-    assert without_secrets(config) == {"a": {"max_new_tokens": 3}, "tokenizer": "t"}
+KILLED = """
+import os, sys
+from pathlib import Path
+from rl.tracking import Tracker
+t = Tracker(Path(sys.argv[1]), project="p", entity=None, mode="online", name="n", run_id="abcd")
+for step in range(1, 6):
+    t.log(step, {"loss": step / 2}, {})
+os.kill(os.getpid(), 9)
+"""
 
 
-@pytest.mark.parametrize(
-    "key", ["token_secret", "tokenizer_password", "access_key", "PRIVATE_KEY", "passwd", "credentials", "authtoken"]
-)
-def test_a_secret_is_left_out_whatever_else_its_name_says(key):
-    assert without_secrets({key: "x", "a": [{key: "x", "b": 1}]}) == {"a": [{"b": 1}]}
-
-
-@pytest.mark.parametrize("key", ["answer_key", "max_tokens", "token_level", "tokenizer_name"])
-def test_what_is_no_secret_stays(key):
-    """The run folder's config.yaml goes the same way and is read back."""
-    assert without_secrets({key: 1}) == {key: 1}
-
-
-def test_the_sync_command_can_be_pasted(tmp_path):
-    folder = tmp_path / "my runs"
-    folder.mkdir()
-    t = tracker(folder, "offline")
-    words = shlex.split(t.where)
+def test_a_killed_run_is_completed_when_it_is_resumed(server, tmp_path):
+    assert subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], timeout=300).returncode == -9
+    before = server.runs["abcd"].steps
+    assert before == [1, 2, 3, 4, 5][: len(before)] and len(before) < 5  # the last row was open
+    with open(tmp_path / "metrics.jsonl", "a") as lines:
+        lines.write('{"step": 6, "lo')
+    assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+    (tmp_path / "metrics.jsonl").write_text("".join(_lines(tmp_path)[:3]))  # what a resume at step 3 leaves
+    t = tracker(tmp_path, "online")
+    log(t, 4, 7)
     t.finish({})
-    assert words[:2] == ["wandb", "sync"] and len(words) == 3 and Path(words[2]).is_dir()
+    run = server.runs["abcd"]
+    assert run.steps == [1, 2, 3, 4, 5, 6, 7] and [row["loss"] for row in run.history] == [s / 2 for s in range(1, 8)]
+
+
+def _lines(folder: Path) -> list[str]:
+    return (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+
+
+@pytest.mark.parametrize("trouble", ["hang", 500, 401, "no server", "short key"])
+def test_a_start_that_fails_is_recorded_offline_under_the_same_id(server, tmp_path, monkeypatch, capsys, trouble):
+    if trouble == "no server":
+        monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    elif trouble == "short key":
+        monkeypatch.setenv("WANDB_API_KEY", "abc")
+    else:
+        server.behaviour = trouble
+    run_id = new_run_id()
+    t = tracker(tmp_path, "online", run_id=run_id)
+    log(t, 1, 2)
+    t.finish({})
+    assert t.id == run_id and t.where == f"entrl sync {tmp_path}"
+    out = capsys.readouterr().out
+    assert out.count("W&B could not be reached, so this run is recorded offline") == 1 and len(out.splitlines()) == 1
+    [recorded] = [p for p in (tmp_path / "wandb").glob("*run-*") if not p.is_symlink()]
+    assert recorded.name.startswith("offline-run-") and recorded.name.endswith(run_id)
+    assert not [p for p in (tmp_path / "wandb").iterdir() if not p.exists()]  # dangling links
+
+
+@pytest.mark.parametrize("trouble", ["hang", 500])
+def test_a_network_lost_midway_blocks_neither_the_steps_nor_the_end(server, tmp_path, trouble):
+    t = tracker(tmp_path, "online")
+    log(t, 1, 2)
+    server.behaviour = trouble
+    for step in range(3, 6):
+        start = time.perf_counter()
+        t.log(step, {"loss": 1.0}, {})
+        t.table(step, "rollouts", ROWS)
+        assert time.perf_counter() - start < 10  # wandb itself waits 19 s for a table
+    start = time.perf_counter()
+    t.finish({})
+    assert time.perf_counter() - start < 30  # for ever without finish_timeout
+    assert t.where == f"entrl sync {tmp_path}" and Record.load(tmp_path).delivered is None
+    assert len(_lines(tmp_path)) == 5
+    server.behaviour = "serve"
+    again = tracker(tmp_path, "online")
+    log(again, 6, 6)
+    again.finish({})
+    assert server.runs[t.id].steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_refused_upload_does_not_pass_for_a_delivery(server, tmp_path):
+    server.behaviour = "lose"
+    t = tracker(tmp_path, "online")
+    log(t, 1, 2)
+    t.finish({})
+    assert server.runs[t.id].steps == [] and Record.load(tmp_path).delivered is None
+    assert t.where == f"entrl sync {tmp_path}"
+
+
+def test_the_end_of_the_wandb_process_is_one_warning(server, tmp_path, capsys):
+    t = tracker(tmp_path, "online")
+    log(t, 1, 1)
+    [core] = [p for p in psutil.Process().children(recursive=True) if p.name() == "wandb-core"]
+    os.kill(core.pid, signal.SIGTERM)  # as Slurm does to every process of a job
+    core.wait(timeout=60)
+    log(t, 2, 4)
+    t.table(4, "rollouts", ROWS)
+    t.finish({"a": 1.0}, failed=True)
+    out = capsys.readouterr().out
+    assert out.count("W&B could not take a step") == 1 and len(out.splitlines()) <= 3
+    assert len(_lines(tmp_path)) == 4 and t.where == f"entrl sync {tmp_path}"
+
+
+def test_two_runs_of_one_process_are_two(server, tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    both = [tracker(tmp_path / name, "online", run_id=name * 8) for name in "ab"]
+    for steps, t in enumerate(both, start=1):
+        log(t, 1, steps)
+    for t in both:
+        t.finish({})
+    assert {name: run.steps for name, run in server.runs.items()} == {"aaaaaaaa": [1], "bbbbbbbb": [1, 2]}
+
+
+def test_an_exception_ends_the_run_as_failed(server, tmp_path):
+    with pytest.raises(ValueError, match="boom"), tracker(tmp_path, "online") as t:
+        log(t, 1, 1)
+        raise ValueError("boom")
+    assert server.runs[t.id].exit_code == 1 and Record.load(tmp_path).failed is True
