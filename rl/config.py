@@ -12,6 +12,8 @@ from typing import Any
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -68,6 +70,31 @@ def _as_hydra(override: str) -> list[str]:
             raise ConfigError(f"{override}: a mixture cannot be one of several sets. Name the sets that it is made of.")
         return [f"+data@{key}.{name}={name}" for name in dict.fromkeys(names)]
     return [f"++{override}" if key.startswith(_OPEN) and value else override]
+
+
+def choices(override: str) -> list[str]:
+    """The overrides that one of a sweep stands for: ``seed=1,2`` is ``seed=1`` and ``seed=2``; one without choices is itself.
+
+    Raises:
+        ConfigError: it cannot be read, or its values cannot be counted (``interval()``, ``glob()``).
+    """
+    parsed = _parsed(override)
+    if not parsed.is_sweep_override():
+        return [override]
+    try:
+        return [f"{parsed.get_key_element()}={value}" for value in parsed.sweep_string_iterator()]
+    except HydraException as error:
+        raise ConfigError(
+            f"{override} has no countable choices. Expected a,b,c, choice(a,b,c) or range(1,4); intervals are for a search, "
+            "a named sweep with an optuna part."
+        ) from error
+
+
+def _parsed(override: str) -> Override:
+    try:
+        return OverridesParser.create().parse_override(override)
+    except OverrideParseException as error:
+        raise ConfigError(_explain(error, [override])) from error
 
 
 def _explain(error: Exception, overrides: Sequence[str]) -> str:
