@@ -62,6 +62,10 @@ def read_request(words: Sequence[str], config_dir: str | None = None) -> Request
         else:
             if override_key(word) == "run.name":
                 raise ConfigError(f"{word}: the points of a sweep name their runs themselves. Name the sweep: sweep.name=.")
+            if _identity(word) in asked:
+                raise ConfigError(
+                    f"{key} is given twice: {asked[_identity(word)]} and {word}. Several values are one override: {key}=a,b."
+                )
             asked[_identity(word)] = word
     limit = own.get("sweep.limit", str(LIMIT))
     if not limit.isdigit() or int(limit) < 1:
@@ -123,7 +127,7 @@ def expand(request: Request) -> list[list[str]]:
         count *= len(words)
     if count > request.limit:
         raise ConfigError(
-            f"this sweep has {' x '.join(str(len(w)) for w in lists if len(w) > 1)} = {count} points, more than sweep.limit={request.limit}. "
+            f"this sweep has {' x '.join(str(len(w)) for w in lists if len(w) > 1)} points, more than sweep.limit={request.limit}. "
             f"If they are meant, sweep.limit={count}."
         )
     return [list(words) for words in itertools.product(*lists)]
