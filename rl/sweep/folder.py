@@ -1,11 +1,11 @@
 """The folder of a sweep: which points there are, how they were started, and which processes of this machine run them.
 
-    runs/<sweep>/
-      sweep.json        created, command, launcher, job ids
-      sweep.jsonl       a line a point: number, overrides, run folder
-      points.txt        line i is the run folder of point i, for array jobs
-      processes.json    only while points run on this machine: pids of the launcher and of each point
-      001_.../          an ordinary run folder a point
+runs/<sweep>/
+  sweep.json        created, command, launcher, job ids
+  sweep.jsonl       a line a point: number, overrides, run folder
+  points.txt        line i is the run folder of point i, for array jobs
+  processes.json    only while points run on this machine: pids of the launcher and of each point
+  001_.../          an ordinary run folder a point
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ def sweep_name(asked: str | None, named: str | None, varies: Sequence[str]) -> s
         letters = "".join(secrets.choice(string.ascii_lowercase) for _ in range(4))
         return f"{(named or '+'.join(varies) or 'sweep')[:80]}_{letters}"
     if not asked or asked in (".", "..") or Path(asked).name != asked or len(asked) > 100 or "=" in asked:
-        raise ConfigError(f"sweep.name={asked} is no name of a folder. Expected up to 100 characters without / and = in it.")
+        raise ConfigError(
+            f"sweep.name={asked} is no name of a folder. Expected up to 100 characters without / and = in it."
+        )
     return asked
 
 
@@ -56,7 +58,9 @@ def find(target: str) -> Path:
     for folder in (Path(target), Path("runs") / target):
         if (folder / "sweep.json").is_file():
             return folder
-    raise CheckpointError(f"{target} is no sweep: {target}/sweep.json is not there. Give the folder that entrl sweep printed.")
+    raise CheckpointError(
+        f"{target} is no sweep: {target}/sweep.json is not there. Give the folder that entrl sweep printed."
+    )
 
 
 def write_sweep(folder: Path, points: Sequence[Point], launcher: str, at_once: int, argv: Sequence[str]) -> None:

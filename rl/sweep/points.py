@@ -61,7 +61,9 @@ def read_request(words: Sequence[str], config_dir: str | None = None) -> Request
             own[key] = value.strip("'\"")
         else:
             if override_key(word) == "run.name":
-                raise ConfigError(f"{word}: the points of a sweep name their runs themselves. Name the sweep: sweep.name=.")
+                raise ConfigError(
+                    f"{word}: the points of a sweep name their runs themselves. Name the sweep: sweep.name=."
+                )
             if _identity(word) in asked:
                 raise ConfigError(
                     f"{key} is given twice: {asked[_identity(word)]} and {word}. Several values are one override: {key}=a,b."
@@ -69,7 +71,9 @@ def read_request(words: Sequence[str], config_dir: str | None = None) -> Request
             asked[_identity(word)] = word
     limit = own.get("sweep.limit", str(LIMIT))
     if not limit.isdigit() or int(limit) < 1:
-        raise ConfigError(f"sweep.limit={limit} is no number of points. Expected one of at least 1, as sweep.limit=1000.")
+        raise ConfigError(
+            f"sweep.limit={limit} is no number of points. Expected one of at least 1, as sweep.limit=1000."
+        )
     named, search, base = own.get("sweep"), None, []
     if named is not None:
         base, search = _named_sweep(named, config_dir)
@@ -200,7 +204,9 @@ def name_points(points: Sequence[Sequence[str]], configs: Sequence[DictConfig], 
         given = {_identity(o): o.partition("=")[2] for o in overrides}
         varies = {short: given[key] for key, short in varying.items() if key in given}
         steps = cfg.trainer.get("max_steps")
-        out.append(Point(number, folder_name(number, varies), list(overrides), varies, steps if (steps or 0) > 0 else None))
+        out.append(
+            Point(number, folder_name(number, varies), list(overrides), varies, steps if (steps or 0) > 0 else None)
+        )
     return out
 
 
