@@ -20,6 +20,10 @@ usage: entrl VERB [key=value ...] [--config-dir DIR]
   eval    sample a run folder, a saved model or a hub model on held-out problems
             entrl eval runs/NAME eval.samples=32 'eval.ks=[1,8,32]'
             entrl eval Qwen/Qwen2.5-0.5B 'eval.sets=[gsm8k,math500]'
+  sweep   run every combination of choices: here, some at a time, or as one Slurm job array
+            entrl sweep plugin=[],[fork_mask],[steer] seed=1,2,3 launcher.at_once=2
+            entrl sweep sweep=rho seed=1,2 launcher=slurm           a named sweep; what is on the line replaces its keys
+            entrl sweep status|retry|cancel runs/NAME
   doctor  say everything that is going to go wrong before a night is lost; needs no GPU, key or network
             entrl doctor model=qwen2.5_0.5b data=gsm8k
             entrl doctor --rollouts 32                       also sample, and suggest rho and entropy targets
@@ -35,12 +39,16 @@ usage: entrl VERB [key=value ...] [--config-dir DIR]
 plug-ins, run in the order given, plugin=[a,b]; plugin=[] is plain GRPO:
 {plugins}
 
+sweeps, sweep=NAME:
+{sweeps}
+
 experiments, experiment=NAME (add scale=tiny for the embedded model and task):
 {experiments}
 
 Files of a run: runs/NAME/. ENTRL_DEBUG=1 shows tracebacks. Documentation: README.md and docs/."""
 
-VERBS = ("train", "eval", "doctor", "rewards", "show")
+VERBS = ("train", "eval", "sweep", "doctor", "rewards", "show")
+SWEEP_ACTIONS = ("status", "retry", "cancel")
 
 
 _VALUES = {"--cfg": "job", "--config-dir": "FOLDER", "--out": "FOLDER", "--rollouts": "32"}
@@ -50,6 +58,7 @@ class Arguments(NamedTuple):
     """The command line, taken apart."""
 
     verb: str
+    action: str | None
     target: str | None
     overrides: list[str]
     cfg: bool
@@ -71,7 +80,7 @@ def parse(argv: Sequence[str]) -> Arguments:
         raise ConfigError(f"{verb!r} is no verb. Expected one of {', '.join(VERBS)}; entrl --help shows examples.")
     flags: dict[str, str | bool] = {}
     overrides: list[str] = []
-    target = None
+    action = target = None
     while words:
         word = words.pop(0)
         name, equals, value = word.partition("=")
@@ -85,7 +94,9 @@ def parse(argv: Sequence[str]) -> Arguments:
             raise ConfigError(f"{word} is no option of entrl {verb}. See entrl --help.")
         elif "=" in word or word.startswith("~"):
             overrides.append(word)
-        elif verb in ("eval", "rewards") and target is None:
+        elif verb == "sweep" and action is None and word in SWEEP_ACTIONS:
+            action = word
+        elif (verb in ("eval", "rewards") or action is not None) and target is None:
             target = word
         else:
             raise ConfigError(f"{word!r} is no override. Expected key=value, as trainer.max_steps=100.")
@@ -93,13 +104,17 @@ def parse(argv: Sequence[str]) -> Arguments:
         raise ConfigError(f"--cfg {flags['--cfg']} is not known. Expected --cfg job.")
     if verb == "rewards" and target != "check":
         raise ConfigError(f"entrl rewards {target or ''}".rstrip() + " is not known. Expected entrl rewards check.")
+    if action is not None and target is None:
+        raise ConfigError(f"entrl sweep {action} needs the folder of a sweep: entrl sweep {action} runs/NAME.")
     rollouts = flags.get("--rollouts", "0")
     if not rollouts.isdigit():
         raise ConfigError(
             f"--rollouts {rollouts} is no number of problems. Expected one of at least 1, as --rollouts 32."
         )
     config_dir, out = flags.get("--config-dir"), flags.get("--out")
-    return Arguments(verb, target, overrides, "--cfg" in flags, "--full" in flags, config_dir, out, int(rollouts))
+    return Arguments(
+        verb, action, target, overrides, "--cfg" in flags, "--full" in flags, config_dir, out, int(rollouts)
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -132,6 +147,8 @@ def _run(argv: Sequence[str]) -> int:
 
     if arguments.verb == "doctor":
         return _doctor(arguments)
+    if arguments.verb == "sweep":
+        return _sweep(arguments, argv)
     cfg = compose(arguments.overrides, arguments.config_dir)
     if arguments.cfg or (arguments.verb == "show" and arguments.full):
         print(OmegaConf.to_yaml(cfg), end="")
@@ -152,6 +169,22 @@ def _run(argv: Sequence[str]) -> int:
         evaluated = eval_config(arguments.target, cfg, arguments.overrides)
         run_eval(arguments.target, evaluated, arguments.out, arguments.overrides)
     return 0
+
+
+def _sweep(arguments: Arguments, argv: Sequence[str]) -> int:
+    if arguments.action in ("status", "cancel"):
+        if arguments.overrides:
+            raise ConfigError(f"entrl sweep {arguments.action} takes no overrides, and got {arguments.overrides[0]}.")
+        from rl.sweep.status import cancel, show_status
+
+        return show_status(arguments.target) if arguments.action == "status" else cancel(arguments.target)
+    from rl.quiet import quiet
+    from rl.sweep.verb import retry, sweep
+
+    quiet()
+    if arguments.action == "retry":
+        return retry(arguments.target, arguments.overrides)
+    return sweep(arguments.overrides, arguments.config_dir, argv)
 
 
 def _doctor(arguments: Arguments) -> int:
@@ -182,7 +215,12 @@ def help_text() -> str:
         names = {str(p.relative_to(root).with_suffix("")): _first_comment(p) for p in sorted(root.rglob("*.yaml"))}
         return "\n".join(f"  {name:<{width}} {comment}" for name, comment in names.items())
 
-    return HELP.format(version=rl.__version__, plugins=listing("plugin", 14), experiments=listing("experiment", 24))
+    return HELP.format(
+        version=rl.__version__,
+        plugins=listing("plugin", 14),
+        sweeps=listing("sweep", 24),
+        experiments=listing("experiment", 24),
+    )
 
 
 def _first_comment(path) -> str:

@@ -33,6 +33,12 @@ def compose(overrides: Sequence[str] = (), config_dir: str | None = None) -> Dic
     Raises:
         ConfigError: an unknown group option or key, settings of a plug-in that is not selected, a missing value.
     """
+    keys = {o.partition("=")[0] for o in overrides}
+    for group in ("plugin", "reward"):
+        if {group, f"+{group}"} <= keys:  # Hydra would drop the second without a word
+            raise ConfigError(
+                f"{group}= and +{group}= together: Hydra takes only the first. Give one list: '{group}=[a,b]'."
+            )
     asked = [word for o in overrides for word in _as_hydra(o)]
     if config_dir is not None:
         if not Path(config_dir).is_dir():
@@ -92,7 +98,7 @@ def choices(override: str) -> list[str]:
 
 def _parsed(override: str) -> Override:
     try:
-        return OverridesParser.create().parse_override(override)
+        return OverridesParser.create().parse_overrides([override])[0]
     except OverrideParseException as error:
         raise ConfigError(_explain(error, [override])) from error
 

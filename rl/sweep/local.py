@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -17,8 +18,7 @@ from rl.sweep.folder import Processes
 from rl.sweep.points import Point
 
 LAUNCH = (sys.executable, "-m", "rl.launch")  # plus a run folder
-STOPPED = 85  # of a run that left a checkpoint at the end of a step because it was asked to
-_PATIENCE = 30.0  # seconds after the second signal until what still runs is killed
+_PATIENCE = 30.0  # seconds after the second Ctrl-C until what still runs is killed
 
 
 class Running(NamedTuple):
@@ -41,8 +41,8 @@ class Ended(NamedTuple):
 class Local:
     """Runs points, at most ``at_once`` at a time, and passes signals on to them.
 
-    The first INT or TERM stops every point at the end of its step and starts no further one, the second ends them at once; what
-    is still there half a minute later is killed. USR1 is passed on and counts as a first.
+    The first INT, TERM or USR1 stops every point at the end of its step and starts no further one. A second INT ends them at
+    once, and what is still there half a minute later is killed; further TERM and USR1 change nothing, as for a single run.
 
     Args:
         gpus: what CUDA_VISIBLE_DEVICES may name; empty leaves the variable alone.
@@ -58,11 +58,13 @@ class Local:
         gpus_per_point: int = 1,
         command: Sequence[str] = LAUNCH,
     ):
-        self.folder, self.at_once, self.signals = folder, at_once, 0
+        self.folder, self.at_once = folder, at_once
+        self.stopping = self.leaving = False
         self._gpus, self._per_point, self._command = gpus, gpus_per_point, command
         self.running: list[Running] = []
         self._processes = Processes(folder)
-        self._deadline: float | None = None
+        self._interrupted = False
+        self._deadline = float("inf")
 
     def run(
         self,
@@ -85,8 +87,8 @@ class Local:
         done: list[Ended] = []
         more = True
         try:
-            while self.running or (more and not self.signals):
-                while more and not self.signals and len(self.running) < self.at_once:
+            while self.running or (more and not self.stopping):
+                while more and not self.stopping and len(self.running) < self.at_once:
                     point = next(points, None)
                     more = point is not None
                     if point is not None:
@@ -98,8 +100,8 @@ class Local:
                 watch(self.running)
                 if self.running:
                     time.sleep(pause)
-                if self._deadline is not None and time.monotonic() > self._deadline:
-                    self._kill()
+                if self.leaving:
+                    self._leave()
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -118,11 +120,15 @@ class Local:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=os.environ | self._devices(slot),
+                env={
+                    **os.environ,
+                    "PYTHONSAFEPATH": "1",
+                    **self._devices(slot),
+                },  # a folder "data" here would hide ours
                 start_new_session=True,  # Ctrl-C in the terminal reaches this process only, which passes it on
             )
         self.running.append(Running(point, process, time.monotonic(), slot))
-        if self.signals:  # one that came while the process was being made
+        if self.stopping:  # the signal came while the process was being made
             process.send_signal(signal.SIGTERM)
         self._record()
 
@@ -144,19 +150,27 @@ class Local:
         self._processes.write({run.point.number: run.process.pid for run in self.running})
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
-        self.signals += 1
-        if self.signals > 1 and self._deadline is None:
-            self._deadline = time.monotonic() + _PATIENCE
+        if number == signal.SIGINT and self._interrupted and not self.leaving:
+            self.leaving, self._deadline = True, time.monotonic() + _PATIENCE
+        self._interrupted |= number == signal.SIGINT
+        self.stopping = True
+        self._send(number)
+
+    def _leave(self) -> None:
+        if time.monotonic() > self._deadline:
+            self._kill()
+        else:
+            self._send(signal.SIGINT)  # again and again: a run that has just got its first one waits for a second
+
+    def _send(self, number: int) -> None:
         for run in self.running:
             if run.process.poll() is None:
                 run.process.send_signal(number)
 
     def _kill(self) -> None:
         for run in self.running:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(run.process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
             run.process.wait()
 
 

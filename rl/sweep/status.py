@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from rl import rundir
-from rl.sweep.folder import Processes, read_points, read_sweep
+from rl.errors import ConfigError
+from rl.sweep.folder import Processes, find, read_points, read_sweep
 from rl.sweep.points import Point
 from rl.sweep.read import Progress, progress, reason, summary_value
 
@@ -112,3 +115,34 @@ def table(found: Sequence[Standing], left: Mapping[int, str] | None = None) -> T
             str(s.point.number), *(s.point.varies.get(key, "") for key in keys), s.state, step, *numbers, *time_left
         )
     return out
+
+
+def show_status(target: str) -> int:
+    """Print how a sweep stands."""
+    folder = find(target)
+    show(folder, standings(folder))
+    return 0
+
+
+def cancel(target: str) -> int:
+    """Stop what runs and take back what waits; points on this machine end at a step boundary, a second cancel ends them at once."""
+    folder = find(target)
+    found = standings(folder)
+    processes = Processes(folder)
+    if elsewhere := processes.elsewhere():
+        raise ConfigError(f"{folder} runs on {elsewhere}. Cancel it there.")
+    jobs = [job["job"] for job in read_sweep(folder)["jobs"]]
+    waiting = [s for s in found if s.state in LIVE]
+    if not waiting:
+        print(f"{folder}: {counts(found)}; nothing runs.")
+        return 0
+    if jobs:
+        from rl import slurm
+
+        slurm.cancel(jobs)
+    launcher = processes.launcher()
+    # the launcher passes it on; where it was killed, its points are still there
+    for pid in [launcher] if launcher is not None else processes.points().values():
+        os.kill(pid, signal.SIGINT)
+    print(f"{folder}: asked {len(waiting)} points to stop. See entrl sweep status {folder}.")
+    return 0

@@ -1,10 +1,8 @@
-"""``entrl sweep``, and its status, retry and cancel: the composition root of a sweep."""
+"""``entrl sweep`` and ``entrl sweep retry``: the composition root of a sweep."""
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,11 +10,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rl import rundir
-from rl.errors import ConfigError, user_errors
+from rl.errors import CRASHED, DONE, LEFT, REQUEUE, ConfigError, user_errors
+from rl.prepare import prepare, read
 from rl.sweep import folder as folders
 from rl.sweep import points as of
 from rl.sweep import status
-from rl.sweep.local import LAUNCH, STOPPED, Local, visible_gpus
+from rl.sweep.local import LAUNCH, Ended, Local, visible_gpus
 from rl.sweep.watch import Watch
 
 
@@ -45,13 +44,11 @@ def sweep(
         return 0
     _write(folder, named, configs, argv)
     print(f"sweep      {folder}, {len(named)} points")
-    return _launch(folder, named, first, command)
+    return _launch(folder, named, read(folder / named[0].folder), command)
 
 
 def _write(folder: Path, points: Sequence[of.Point], configs: Sequence[DictConfig], argv: Sequence[str]) -> None:
     """The sweep folder with a prepared run folder for each point; all of it or nothing."""
-    from rl.prepare import prepare
-
     first = configs[0]
     rundir.create(folder.parent, folder.name, overwrite=False)
     flaws: dict[int, str] = {}
@@ -85,35 +82,27 @@ def _launch(folder: Path, points: Sequence[of.Point], cfg: DictConfig, command: 
     if cfg.launcher.name == "slurm":
         return _submit(folder, points, cfg)
     at_once = cfg.launcher.at_once
-    gpus = visible_gpus()
-    local = Local(folder, at_once, gpus if at_once > 1 else (), cfg.engine.processes, command)
+    local = Local(folder, at_once, visible_gpus() if at_once > 1 else (), cfg.engine.processes, command)
     with Watch(folder) as watch:
 
-        def ended(end) -> None:
+        def ended(end: Ended) -> None:
             watch.ended(end, settle(folder / end.point.folder, end.code))
 
         done = local.run(iter(points), watch.started, ended, watch)
-    found = status.standings(folder)
-    status.show(folder, found)
-    return exit_code(local.signals, [end.code for end in done])
-
-
-def exit_code(signals: int, codes: Sequence[int]) -> int:
-    """Of a launcher: 1 when a point failed, 130 when it was left at once, 85 when it was stopped and can go on, else 0."""
-    if signals > 1:
-        return 130
-    if any(code not in (0, STOPPED) for code in codes):
-        return 1
-    return STOPPED if signals or STOPPED in codes else 0
+    status.show(folder, status.standings(folder))
+    if local.leaving:
+        return LEFT
+    if any(end.code not in (DONE, REQUEUE) for end in done):
+        return CRASHED
+    return REQUEUE if local.stopping or any(end.code == REQUEUE for end in done) else DONE
 
 
 def settle(run: Path, code: int) -> str:
     """What became of a run that ended; one that failed without a word gets its FAILED marker here."""
-    state = rundir.state(run)
-    if state == "open" and code not in (0, STOPPED, 130):
+    if rundir.state(run) == "open" and code not in (DONE, REQUEUE, LEFT):
         why = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
-        rundir.finish(run, f"{why}, before it could say more; see logs/launch.log")
-        return "failed"
+        rundir.finish(run, "FAILED", f"{why}, and no other word; see logs/launch.log")
+    state = rundir.state(run)
     return "lost" if state == "open" else state
 
 
@@ -128,13 +117,6 @@ def _submit(folder: Path, points: Sequence[of.Point], cfg: DictConfig) -> int:
     print(f"job        {job}, {len(numbers)} tasks of one array; nothing here needs to stay open")
     print(f"look       entrl sweep status {folder}")
     print(f"stop       entrl sweep cancel {folder}")
-    return 0
-
-
-def show_status(target: str) -> int:
-    """Print how a sweep stands."""
-    folder = folders.find(target)
-    status.show(folder, status.standings(folder))
     return 0
 
 
@@ -153,7 +135,7 @@ def retry(target: str, overrides: Sequence[str], command: Sequence[str] = LAUNCH
     if not again:
         print(f"{folder}: {status.counts(found)}; nothing to run again.")
         return 0
-    cfg = _changed(OmegaConf.load(folder / again[0].folder / "config.yaml"), overrides)
+    cfg = _changed(read(folder / again[0].folder), overrides)
     print(f"sweep      {folder}, {len(again)} of {len(found)} points again")
     return _launch(folder, again, cfg, command)
 
@@ -172,27 +154,3 @@ def _changed(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
         raise ConfigError(
             f"{' '.join(overrides)}: {str(error).splitlines()[0]}. See all: entrl show --full."
         ) from error
-
-
-def cancel(target: str) -> int:
-    """Stop what runs and take back what waits; points on this machine end at a step boundary, a second cancel ends them at once."""
-    folder = folders.find(target)
-    found = status.standings(folder)
-    processes = folders.Processes(folder)
-    if elsewhere := processes.elsewhere():
-        raise ConfigError(f"{folder} runs on {elsewhere}. Cancel it there.")
-    jobs = [job["job"] for job in folders.read_sweep(folder)["jobs"]]
-    waiting = [s for s in found if s.state in status.LIVE]
-    if not waiting:
-        print(f"{folder}: {status.counts(found)}; nothing runs.")
-        return 0
-    if jobs:
-        from rl import slurm
-
-        slurm.cancel(jobs)
-    launcher = processes.launcher()
-    # the launcher passes it on; where it was killed, its points are still there
-    for pid in [launcher] if launcher is not None else processes.points().values():
-        os.kill(pid, signal.SIGTERM)
-    print(f"{folder}: asked {len(waiting)} points to stop. See entrl sweep status {folder}.")
-    return 0
