@@ -63,7 +63,7 @@ def find(target: str) -> Path:
     )
 
 
-def write_sweep(folder: Path, points: Sequence[Point], launcher: str, at_once: int, argv: Sequence[str]) -> None:
+def write_sweep(folder: Path, points: Sequence[Point], launcher: str, argv: Sequence[str]) -> None:
     """Write sweep.json, sweep.jsonl and points.txt; the folder of the sweep is there."""
     write_json(
         folder / "sweep.json",
@@ -71,7 +71,6 @@ def write_sweep(folder: Path, points: Sequence[Point], launcher: str, at_once: i
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": shlex.join(["entrl", *argv]),
             "launcher": launcher,
-            "at_once": at_once,
             "jobs": [],
         },
     )

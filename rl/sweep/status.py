@@ -39,16 +39,22 @@ class Standing(NamedTuple):
 
 
 def standings(folder: Path) -> list[Standing]:
-    """All points of a sweep."""
+    """All points of a sweep.
+
+    Raises:
+        ConfigError: Slurm has points of it and does not answer.
+    """
     points, sweep = read_points(folder), read_sweep(folder)
-    where = slurm_tasks(sweep["jobs"]) if sweep["jobs"] else {}
+    markers = {point.number: rundir.state(folder / point.folder) for point in points}
+    finished = all(marker == "done" for marker in markers.values())
+    where = {} if finished or not sweep["jobs"] else slurm_tasks(sweep["jobs"])
     processes = Processes(folder)
     alive, launched = processes.points(), processes.launcher() is not None
     elsewhere = processes.elsewhere()
     out = []
     for point in points:
         run = folder / point.folder
-        marker = rundir.state(run)
+        marker = markers[point.number]
         task, word = where.get(point.number, ("", ""))
         if marker == "done":
             state, note = "done", ""
@@ -64,7 +70,7 @@ def standings(folder: Path) -> list[Standing]:
             state, note = "waiting", ""
         else:
             begun = (run / "logs").is_dir() or (run / "metrics.jsonl").is_file() or word
-            state, note = "lost" if begun else "new", f"job {task} {word}" if word else ""
+            state, note = ("lost", f"no word left{f'; job {task} {word}' if word else ''}") if begun else ("new", "")
         out.append(Standing(point, state, note, progress(run), summary_value(run, "eval.after.pass@1")))
     return out
 
@@ -89,7 +95,7 @@ def show(folder: Path, found: Sequence[Standing]) -> None:
     Console(highlight=False, markup=False, emoji=False).print(table(found))
     for s in found:
         if s.state in ("failed", "lost"):
-            print(f"{s.state:<9} {folder / s.point.folder}: {s.note or 'no word left; see its logs/'}")
+            print(f"{s.state:<9} {folder / s.point.folder}: {s.note}")
     print(f"{folder}: {counts(found)}")
     if any(s.state in AGAIN for s in found):
         print(f"again      entrl sweep retry {folder}")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rl import rundir
+from rl import prepare, rundir, slurm
+from rl.engine import engine
 from rl.errors import CRASHED, DONE, LEFT, REQUEUE, ConfigError, user_errors
-from rl.prepare import prepare, read
 from rl.sweep import folder as folders
 from rl.sweep import points as of
 from rl.sweep import status
@@ -33,43 +34,71 @@ def sweep(
     request = of.read_request(overrides, config_dir)
     words = of.expand(request)
     configs = of.compose_all(words, config_dir)
-    named = of.name_points(words, configs)
+    points = of.name_points(words, configs)
     first = configs[0]
-    folder = Path(first.run.dir) / folders.sweep_name(request.name, request.named, list(named[0].varies))
+    folder = Path(first.run.dir) / folders.sweep_name(request.name, request.named, list(points[0].varies))
     folders.check_free(folder)
+    for point, cfg in zip(points, configs, strict=True):
+        for key, value in _own(point, cfg, folder).items():
+            OmegaConf.update(cfg, key, value)
+    check(points, configs)
     if first.dry_run:
-        for point in named:
+        for point in points:
             print(f"{point.folder}: {' '.join(point.overrides)}")
-        print(f"dry run: {len(named)} points would go to {folder}; nothing was started or written.")
+        print(f"dry run: {len(points)} points would go to {folder}; nothing was started or written.")
         return 0
-    _write(folder, named, configs, argv)
-    print(f"sweep      {folder}, {len(named)} points")
-    return _launch(folder, named, read(folder / named[0].folder), command)
+    write(folder, points, configs, argv)
+    print(f"sweep      {folder}, {len(points)} points")
+    if first.launcher.name == "local":
+        return _run(folder, points, first, command)
+    try:
+        return _submit(folder, points, first)
+    except ConfigError:
+        shutil.rmtree(folder)
+        raise
 
 
-def _write(folder: Path, points: Sequence[of.Point], configs: Sequence[DictConfig], argv: Sequence[str]) -> None:
-    """The sweep folder with a prepared run folder for each point; all of it or nothing."""
-    first = configs[0]
+def _own(point: of.Point, cfg: DictConfig, folder: Path) -> dict[str, Any]:
+    """What the sweep sets in a point's configuration."""
+    own = {"run.dir": str(folder), "run.name": point.folder, "run.group": cfg.run.group or folder.name}
+    if cfg.launcher.name == "slurm" and cfg.engine.processes is None:
+        own["engine.processes"] = slurm.gpus_per_node(cfg)
+    return own
+
+
+def check(points: Sequence[of.Point], configs: Sequence[DictConfig]) -> None:
+    """Find everything that would stop a point.
+
+    Raises:
+        ConfigError: there is something; it names the points.
+    """
+    flaws = {}
+    for point, cfg in zip(points, configs, strict=True):
+        try:
+            prepare.check(cfg, here=cfg.launcher.name == "local")
+        except user_errors() as error:
+            flaws[point.number] = str(error)
+    of.raise_flaws(flaws, len(points))
+
+
+def write(folder: Path, points: Sequence[of.Point], configs: Sequence[DictConfig], argv: Sequence[str]) -> None:
+    """Make the folder of a sweep, with a run folder for each point; all of it or nothing."""
     rundir.create(folder.parent, folder.name, overwrite=False)
-    flaws: dict[int, str] = {}
     try:
         for point, cfg in zip(points, configs, strict=True):
-            own = {"run.dir": str(folder), "run.name": point.folder, "run.group": cfg.run.group or folder.name}
-            for key, value in own.items():
-                OmegaConf.update(cfg, key, value)
-            words = [
-                *(o for o in point.overrides if of.override_key(o) not in own),
-                *(f"{k}={_quoted(v)}" for k, v in own.items()),
-            ]
-            try:
-                prepare(cfg, words, ["train", *words], here=first.launcher.name == "local")
-            except user_errors() as error:
-                flaws[point.number] = str(error)
-        of.raise_flaws(flaws, len(points))
-        folders.write_sweep(folder, points, first.launcher.name, first.launcher.at_once, argv)
+            write_run(point, cfg)
+        folders.write_sweep(folder, points, configs[0].launcher.name, argv)
     except BaseException:
         shutil.rmtree(folder)
         raise
+
+
+def write_run(point: of.Point, cfg: DictConfig) -> None:
+    """Write the run folder of a point; its command.sh runs it again by itself."""
+    own = {f"run.{key}": cfg.run[key] for key in ("dir", "name", "group")}
+    words = [o for o in point.overrides if of.override_key(o) not in own]
+    words += [f"{key}={_quoted(value)}" for key, value in own.items()]
+    prepare.write(cfg, words, ["train", *words], engine(cfg, cfg.launcher.name == "local"))
 
 
 def _quoted(value: str) -> str:
@@ -78,11 +107,9 @@ def _quoted(value: str) -> str:
     return f"'{escaped}'"
 
 
-def _launch(folder: Path, points: Sequence[of.Point], cfg: DictConfig, command: Sequence[str]) -> int:
-    if cfg.launcher.name == "slurm":
-        return _submit(folder, points, cfg)
+def _run(folder: Path, points: Sequence[of.Point], cfg: DictConfig, command: Sequence[str]) -> int:
     at_once = cfg.launcher.at_once
-    local = Local(folder, at_once, visible_gpus() if at_once > 1 else (), cfg.engine.processes, command)
+    local = Local(folder, at_once, visible_gpus() if at_once > 1 else (), engine(cfg).processes, command)
     with Watch(folder) as watch:
 
         def ended(end: Ended) -> None:
@@ -107,8 +134,6 @@ def settle(run: Path, code: int) -> str:
 
 
 def _submit(folder: Path, points: Sequence[of.Point], cfg: DictConfig) -> int:
-    from rl import slurm
-
     numbers = [point.number for point in points]
     script = folder / f"job_{len(folders.read_sweep(folder)['jobs']) + 1}.sbatch"
     rundir.write_text(script, slurm.render_array(cfg, folder, numbers))
@@ -135,9 +160,11 @@ def retry(target: str, overrides: Sequence[str], command: Sequence[str] = LAUNCH
     if not again:
         print(f"{folder}: {status.counts(found)}; nothing to run again.")
         return 0
-    cfg = _changed(read(folder / again[0].folder), overrides)
+    cfg = _changed(prepare.read(folder / again[0].folder), overrides)
     print(f"sweep      {folder}, {len(again)} of {len(found)} points again")
-    return _launch(folder, again, cfg, command)
+    if cfg.launcher.name == "slurm":
+        return _submit(folder, again, cfg)
+    return _run(folder, again, cfg, command)
 
 
 def _changed(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:

@@ -24,7 +24,7 @@ def make(tmp_path, *behaviours):
     folder = tmp_path / "sweep"
     folder.mkdir()
     points = [Point(n, f"{n:03d}_seed-{n}", [f"seed={n}"], {"seed": str(n)}, 1) for n in range(1, len(behaviours) + 1)]
-    write_sweep(folder, points, "local", 1, ["sweep", "seed=1,2"])
+    write_sweep(folder, points, "local", ["sweep", "seed=1,2"])
     for point, behaviour in zip(points, behaviours, strict=True):
         (folder / point.folder).mkdir()
         (folder / point.folder / "behave").write_text(behaviour)
