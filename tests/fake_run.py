@@ -1,4 +1,4 @@
-"""Stands in for ``python -m rl.launch RUN`` where a test is about the sweep around it: does what RUN/behave says, in no time."""
+"""Stands in for ``python -m rl.launch RUN`` where a test is about the sweep around it: does what the test says, in no time."""
 
 import json
 import os
@@ -8,8 +8,14 @@ import time
 from pathlib import Path
 
 
-def main(run):
-    behave = (run / "behave").read_text().strip()
+def fake(folder, *behaviours):
+    """The command of a launcher whose points 1, 2, ... behave so: ok (also any further one), crash, die, long, stubborn."""
+    (folder / "behaviours.json").write_text(json.dumps(dict(enumerate(behaviours, 1))))
+    return [sys.executable, "-S", __file__, str(folder / "behaviours.json")]
+
+
+def main(behaviours, run):
+    behave = json.loads(behaviours.read_text()).get(str(int(run.name.split("_")[0])), "ok")
     (run / "env").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "unset"))
     for marker in ("DONE", "FAILED", "STOPPED"):
         (run / marker).unlink(missing_ok=True)
@@ -35,4 +41,4 @@ def main(run):
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main(*map(Path, sys.argv[1:])))

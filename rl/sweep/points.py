@@ -160,12 +160,17 @@ def compose_all(points: Sequence[Sequence[str]], config_dir: str | None = None) 
     for key in ("run.dir", "run.group", "launcher", "slurm"):
         if len({json.dumps(_plain(OmegaConf.select(cfg, key))) for cfg in configs}) > 1:
             raise ConfigError(f"{key} is the same for all points of a sweep. Give it one value.")
-    launcher = configs[0].launcher
-    if not (isinstance(launcher.at_once, int) and launcher.at_once >= 1) and not (
-        launcher.at_once is None and launcher.name == "slurm"
-    ):
-        raise ConfigError(f"launcher.at_once={launcher.at_once} does not work. Expected a whole number of at least 1.")
+    check_launcher(configs[0].launcher)
     return configs
+
+
+def check_launcher(launcher: DictConfig) -> None:
+    """Raise ConfigError for an ``at_once`` that is no number of points."""
+    value = launcher.at_once
+    if value is None and launcher.name == "slurm":
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"launcher.at_once={value} does not work. Expected a whole number of at least 1.")
 
 
 def _plain(node: Any) -> Any:

@@ -161,6 +161,7 @@ def retry(target: str, overrides: Sequence[str], command: Sequence[str] = LAUNCH
         print(f"{folder}: {status.counts(found)}; nothing to run again.")
         return 0
     cfg = _changed(prepare.read(folder / again[0].folder), overrides)
+    of.check_launcher(cfg.launcher)
     print(f"sweep      {folder}, {len(again)} of {len(found)} points again")
     if cfg.launcher.name == "slurm":
         return _submit(folder, again, cfg)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from fake_run import fake
 from rl.errors import CheckpointError, ConfigError
 from rl.sweep.folder import Processes, add_job, find, read_points, read_sweep, write_sweep
 from rl.sweep.local import Local, visible_gpus
@@ -17,22 +18,19 @@ from rl.sweep.points import Point
 from rl.sweep.read import Progress, progress, reason, summary_value
 from rl.sweep.status import cancel, standings
 
-FAKE = [sys.executable, "-S", str(Path(__file__).parents[1] / "fake_run.py")]
-
 
 def make(tmp_path, *behaviours):
     folder = tmp_path / "sweep"
     folder.mkdir()
     points = [Point(n, f"{n:03d}_seed-{n}", [f"seed={n}"], {"seed": str(n)}, 1) for n in range(1, len(behaviours) + 1)]
     write_sweep(folder, points, "local", ["sweep", "seed=1,2"])
-    for point, behaviour in zip(points, behaviours, strict=True):
+    for point in points:
         (folder / point.folder).mkdir()
-        (folder / point.folder / "behave").write_text(behaviour)
-    return folder, points
+    return folder, points, fake(tmp_path, *behaviours)
 
 
-def run(folder, points, at_once=1, watch=lambda running: None, **more):
-    launcher = Local(folder, at_once, command=FAKE, **more)
+def run(folder, points, command, at_once=1, watch=lambda running: None, **more):
+    launcher = Local(folder, at_once, command=command, **more)
     ends = []
     launcher.run(iter(points), lambda point: None, ends.append, watch, pause=0.02)
     return launcher, {end.point.number: end.code for end in ends}
@@ -54,8 +52,8 @@ def until(condition):
 
 
 def test_a_failing_point_stops_no_other(tmp_path):
-    folder, points = make(tmp_path, "ok", "crash", "die", "ok")
-    _, codes = run(folder, points)
+    folder, points, command = make(tmp_path, "ok", "crash", "die", "ok")
+    _, codes = run(folder, points, command)
     assert codes == {1: 0, 2: 1, 3: -signal.SIGKILL, 4: 0}
     assert states(folder) == ["done", "failed", "lost", "done"]
     assert [s.note for s in standings(folder)][1] == "ValueError: no such luck"
@@ -64,23 +62,23 @@ def test_a_failing_point_stops_no_other(tmp_path):
 
 @pytest.mark.parametrize("at_once", [1, 2])
 def test_so_many_run_at_the_same_time_and_not_more(tmp_path, at_once):
-    folder, points = make(tmp_path, *["long"] * 3)
-    most = []
+    folder, points, command = make(tmp_path, *["long"] * 3)
+    most, told = [], set()
 
     def watch(running):
         most.append(len(running))
-        assert len(Processes(folder).points()) == len(running)
+        assert len(Processes(folder).read()["points"]) == len(running)
         begun = [r for r in running if (folder / r.point.folder / "metrics.jsonl").exists()]
         if len(begun) == at_once or len(running) < at_once:
             for r in begun:
                 r.process.send_signal(signal.SIGTERM)
 
-    _, codes = run(folder, points, at_once, watch)
+    _, codes = run(folder, points, command, at_once, watch)
     assert max(most) == at_once and set(codes.values()) == {85}
 
 
 def test_the_first_ctrl_c_stops_all_with_a_checkpoint_and_starts_no_more(tmp_path):
-    folder, points = make(tmp_path, *["long"] * 3)
+    folder, points, command = make(tmp_path, *["long"] * 3)
     sent = []
 
     def watch(running):
@@ -88,38 +86,38 @@ def test_the_first_ctrl_c_stops_all_with_a_checkpoint_and_starts_no_more(tmp_pat
             assert states(folder) == ["running", "running", "waiting"]
             sent.append(os.kill(os.getpid(), signal.SIGINT))
 
-    launcher, codes = run(folder, points, 2, watch)
+    launcher, codes = run(folder, points, command, 2, watch)
     assert codes == {1: 85, 2: 85} and launcher.stopping and not launcher.leaving
     assert states(folder) == ["stopped", "stopped", "new"]
 
 
 def test_the_second_ctrl_c_leaves_at_once(tmp_path):
-    folder, points = make(tmp_path, "stubborn", "stubborn", "ok")
+    folder, points, command = make(tmp_path, "stubborn", "stubborn", "ok")
     sent = []
 
     def watch(running):
         if len(sent) < 2 and all((folder / r.point.folder / "metrics.jsonl").exists() for r in running):
             sent.append(os.kill(os.getpid(), signal.SIGINT))
 
-    launcher, codes = run(folder, points, 2, watch)
+    launcher, codes = run(folder, points, command, 2, watch)
     assert codes == {1: 130, 2: 130} and launcher.leaving
     assert states(folder) == ["lost", "lost", "new"]
 
 
 def test_a_second_term_is_patient_as_schedulers_repeat_it(tmp_path):
-    folder, points = make(tmp_path, "long")
+    folder, points, command = make(tmp_path, "long")
     sent = []
 
     def watch(running):
         if len(sent) < 3 and (folder / points[0].folder / "metrics.jsonl").exists():
             sent.append(os.kill(os.getpid(), signal.SIGTERM))
 
-    launcher, codes = run(folder, points, 1, watch)
+    launcher, codes = run(folder, points, command, 1, watch)
     assert codes == {1: 85} and not launcher.leaving
 
 
 def test_points_side_by_side_get_gpus_of_their_own(tmp_path):
-    folder, points = make(tmp_path, "long", "long", "ok")
+    folder, points, command = make(tmp_path, "long", "long", "ok")
 
     def watch(running):
         if len(running) == 2 and all((folder / r.point.folder / "metrics.jsonl").exists() for r in running):
@@ -127,7 +125,7 @@ def test_points_side_by_side_get_gpus_of_their_own(tmp_path):
         elif len(running) == 1 and running[0].point.number == 2:
             running[0].process.send_signal(signal.SIGTERM)
 
-    run(folder, points, 2, watch, gpus=["3", "5", "6", "7"], gpus_per_point=2)
+    run(folder, points, command, 2, watch, gpus=["3", "5", "6", "7"], gpus_per_point=2)
     assert [(folder / p.folder / "env").read_text() for p in points] == ["3,5", "6,7", "3,5"]
 
 
@@ -153,8 +151,8 @@ def elsewhere():
     """Starts a launcher in another process; whatever is left of it and its points ends with the test."""
     begun = []
 
-    def start(folder):
-        begun.append((folder, subprocess.Popen([sys.executable, "-c", LAUNCHER, str(folder), *FAKE])))
+    def start(folder, command):
+        begun.append((folder, subprocess.Popen([sys.executable, "-c", LAUNCHER, str(folder), *command])))
         until(lambda: len(list(folder.glob("*/metrics.jsonl"))) == 2)
         return begun[-1][1]
 
@@ -167,11 +165,11 @@ def elsewhere():
 
 
 def test_another_shell_sees_the_points_and_cancels_them(tmp_path, elsewhere, capsys):
-    folder, points = make(tmp_path, *["long"] * 3)
-    process = elsewhere(folder)
+    folder, points, command = make(tmp_path, *["long"] * 3)
+    process = elsewhere(folder, command)
     assert states(folder) == ["running", "running", "waiting"]
     with pytest.raises(ConfigError, match=f"is being run by process {process.pid} already"):
-        run(folder, points)
+        run(folder, points, command)
     assert process.poll() is None and cancel(str(folder)) == 0
     assert "asked 3 points to stop" in capsys.readouterr().out
     process.wait(60)
@@ -180,8 +178,8 @@ def test_another_shell_sees_the_points_and_cancels_them(tmp_path, elsewhere, cap
 
 
 def test_points_outlive_a_launcher_that_is_killed_and_are_still_known(tmp_path, elsewhere):
-    folder, points = make(tmp_path, *["long"] * 3)
-    process = elsewhere(folder)
+    folder, points, command = make(tmp_path, *["long"] * 3)
+    process = elsewhere(folder, command)
     process.kill()
     process.wait()
     assert states(folder) == ["running", "running", "new"]
@@ -190,7 +188,7 @@ def test_points_outlive_a_launcher_that_is_killed_and_are_still_known(tmp_path, 
 
 
 def test_a_pid_that_another_process_got_since_is_not_the_point(tmp_path):
-    folder, _ = make(tmp_path, "ok")
+    folder, _, _ = make(tmp_path, "ok")
     processes = Processes(folder)
     processes.write({1: os.getpid()})
     assert processes.points() == {1: os.getpid()} and processes.launcher() == os.getpid()
@@ -208,7 +206,7 @@ def test_a_pid_that_another_process_got_since_is_not_the_point(tmp_path):
 
 
 def test_a_sweep_folder_is_read_back(tmp_path, monkeypatch):
-    folder, points = make(tmp_path, "ok", "ok")
+    folder, points, command = make(tmp_path, "ok", "ok")
     assert read_points(folder) == points
     assert (folder / "points.txt").read_text().splitlines()[1] == str(folder / points[1].folder)
     add_job(folder, "7", [1, 2])
