@@ -7,13 +7,13 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -94,6 +94,34 @@ def choices(override: str) -> list[str]:
             f"{override} has no countable choices. Expected a,b,c, choice(a,b,c) or range(1,4); intervals are for a search, "
             "a named sweep with an optuna part."
         ) from error
+
+
+class Range(NamedTuple):
+    """Numbers from ``low`` to ``high``, both included; ``step`` is None for all between them."""
+
+    low: float
+    high: float
+    step: float | None
+    log: bool
+
+
+def search_space(override: str) -> Range | list[str]:
+    """The values a search may give to a key: ``interval(a,b)``, ``tag(log,interval(a,b))``, ``int(interval(a,b))``, ``range()`` or choices.
+
+    Raises:
+        ConfigError: it cannot be read, or an interval has no extent or takes the logarithm of what has none.
+    """
+    value = _parsed(override).value()
+    if isinstance(value, IntervalSweep):
+        log = "log" in value.tags
+        if not value.start < value.end or (log and value.start <= 0):
+            raise ConfigError(
+                f"{override} is no interval. Expected low < high{', both above 0 for log' if log else ''}."
+            )
+        return Range(value.start, value.end, None, log)
+    if isinstance(value, RangeSweep) and len(values := list(value.range())) > 1:
+        return Range(min(values), max(values), abs(value.step), False)
+    return [word.partition("=")[2] for word in choices(override)]
 
 
 def _parsed(override: str) -> Override:

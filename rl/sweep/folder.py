@@ -63,8 +63,14 @@ def find(target: str) -> Path:
     )
 
 
-def write_sweep(folder: Path, points: Sequence[Point], launcher: str, argv: Sequence[str]) -> None:
-    """Write sweep.json, sweep.jsonl and points.txt; the folder of the sweep is there."""
+def write_sweep(
+    folder: Path,
+    points: Sequence[Point],
+    launcher: str,
+    argv: Sequence[str],
+    search: Mapping[str, Any] | None = None,
+) -> None:
+    """Write sweep.json, sweep.jsonl and points.txt; the folder of the sweep is there. ``search``: what a search goes on with."""
     write_json(
         folder / "sweep.json",
         {
@@ -72,6 +78,7 @@ def write_sweep(folder: Path, points: Sequence[Point], launcher: str, argv: Sequ
             "command": shlex.join(["entrl", *argv]),
             "launcher": launcher,
             "jobs": [],
+            "search": search,
         },
     )
     write_points(folder, points)

@@ -13,11 +13,12 @@ from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
-from rl.errors import ConfigError
+from rl.errors import LEFT, ConfigError
 from rl.sweep.folder import Processes
 from rl.sweep.points import Point
 
 LAUNCH = (sys.executable, "-m", "rl.launch")  # plus a run folder
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _PATIENCE = 30.0  # seconds after the second Ctrl-C until what still runs is killed
 
 
@@ -31,7 +32,7 @@ class Running(NamedTuple):
 
 
 class Ended(NamedTuple):
-    """A point that ended: its exit code (negative: the signal that killed it) and seconds."""
+    """A point that ended: its exit code and seconds. A negative code is the signal that killed it, 130 one that was asked for."""
 
     point: Point
     code: int
@@ -83,7 +84,7 @@ class Local:
             raise ConfigError(
                 f"{self.folder} is being run by process {other} already. Wait for it, or entrl sweep cancel {self.folder}."
             )
-        before = {s: signal.signal(s, self._pass_on) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+        before = {s: signal.signal(s, self._pass_on) for s in _SIGNALS}
         done: list[Ended] = []
         more = True
         try:
@@ -91,11 +92,14 @@ class Local:
                 while more and not self.stopping and len(self.running) < self.at_once:
                     point = next(points, None)
                     more = point is not None
-                    if point is not None:
+                    if point is not None and not self.stopping:
                         started(point)
                         self._start(point)
                 for run in self._reap():
-                    done.append(Ended(run.point, run.process.returncode, time.monotonic() - run.since))
+                    code = run.process.returncode
+                    if self.stopping and -code in _SIGNALS:  # told to stop before it could listen
+                        code = LEFT
+                    done.append(Ended(run.point, code, time.monotonic() - run.since))
                     ended(done[-1])
                 watch(self.running)
                 if self.running:

@@ -22,12 +22,13 @@ _LONGEST = 100  # characters of a point's folder name
 
 
 class Request(NamedTuple):
-    """What ``entrl sweep`` was asked for; ``search`` is the named sweep's optuna part."""
+    """What ``entrl sweep`` was asked for; ``search`` is the named sweep's optuna part, ``trials`` replaces its number."""
 
     overrides: list[str]
     named: str | None
     name: str | None
     limit: int
+    trials: int | None
     search: Mapping[str, Any] | None
 
 
@@ -42,7 +43,7 @@ class Point(NamedTuple):
 
 
 def read_request(words: Sequence[str], config_dir: str | None = None) -> Request:
-    """Take the sweep's own keys (``sweep=``, ``sweep.name=``, ``sweep.limit=``) off the overrides and put the named sweep's before them.
+    """Take the sweep's own keys (``sweep=``, ``sweep.name=``, ...) off the overrides and put the named sweep's before them.
 
     A key on the command line replaces the same key of the named sweep, in its place.
 
@@ -54,7 +55,7 @@ def read_request(words: Sequence[str], config_dir: str | None = None) -> Request
     for word in words:
         key, _, value = word.partition("=")
         if key == "sweep" or key.startswith("sweep."):
-            if key not in ("sweep", "sweep.name", "sweep.limit"):
+            if key not in _OWN:
                 raise ConfigError(
                     f"{key} is not a key of a sweep.{did_you_mean(key, _OWN)} Expected {', '.join(_OWN[:-1])} or {_OWN[-1]}."
                 )
@@ -69,19 +70,25 @@ def read_request(words: Sequence[str], config_dir: str | None = None) -> Request
                     f"{key} is given twice: {asked[_identity(word)]} and {word}. Several values are one override: {key}=a,b."
                 )
             asked[_identity(word)] = word
-    limit = own.get("sweep.limit", str(LIMIT))
-    if not limit.isdigit() or int(limit) < 1:
-        raise ConfigError(
-            f"sweep.limit={limit} is no number of points. Expected one of at least 1, as sweep.limit=1000."
-        )
+    numbers = {key: whole(key, own[key]) for key in ("sweep.limit", "sweep.trials") if key in own}
     named, search, base = own.get("sweep"), None, []
     if named is not None:
         base, search = _named_sweep(named, config_dir)
+    if search is None and "sweep.trials" in own:
+        raise ConfigError("sweep.trials is for a search, a named sweep with an optuna part. Choose one: sweep=NAME.")
     merged = {_identity(word): word for word in base} | asked
-    return Request(list(merged.values()), named, own.get("sweep.name"), int(limit), search)
+    limit, trials = numbers.get("sweep.limit", LIMIT), numbers.get("sweep.trials")
+    return Request(list(merged.values()), named, own.get("sweep.name"), limit, trials, search)
 
 
-_OWN = ("sweep", "sweep.name", "sweep.limit")
+_OWN = ("sweep", "sweep.name", "sweep.limit", "sweep.trials")
+
+
+def whole(key: str, text: str) -> int:
+    """A whole number of at least 1; raises ConfigError for another value."""
+    if not text.isdigit() or int(text) < 1:
+        raise ConfigError(f"{key}={text} does not work. Expected a whole number of at least 1.")
+    return int(text)
 
 
 def override_key(override: str) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rl import prepare, rundir, slurm
+from rl.config import compose
 from rl.engine import engine
 from rl.errors import CRASHED, DONE, LEFT, REQUEUE, ConfigError, user_errors
 from rl.sweep import folder as folders
 from rl.sweep import points as of
 from rl.sweep import status
 from rl.sweep.local import LAUNCH, Ended, Local, visible_gpus
+from rl.sweep.search import Search, Settings, corners, optuna_or_error, settings
 from rl.sweep.watch import Watch
 
 
@@ -32,6 +35,8 @@ def sweep(
         ConfigError: any point that could not run; nothing is left behind.
     """
     request = of.read_request(overrides, config_dir)
+    if request.search is not None:
+        return _search(request, config_dir, argv, command)
     words = of.expand(request)
     configs = of.compose_all(words, config_dir)
     points = of.name_points(words, configs)
@@ -39,8 +44,7 @@ def sweep(
     folder = Path(first.run.dir) / folders.sweep_name(request.name, request.named, list(points[0].varies))
     folders.check_free(folder)
     for point, cfg in zip(points, configs, strict=True):
-        for key, value in _own(point, cfg, folder).items():
-            OmegaConf.update(cfg, key, value)
+        _own(point, cfg, folder)
     check(points, configs)
     if first.dry_run:
         for point in points:
@@ -50,7 +54,7 @@ def sweep(
     write(folder, points, configs, argv)
     print(f"sweep      {folder}, {len(points)} points")
     if first.launcher.name == "local":
-        return _run(folder, points, first, command)
+        return _run(folder, iter(points), first, command)
     try:
         return _submit(folder, points, first)
     except ConfigError:
@@ -58,12 +62,11 @@ def sweep(
         raise
 
 
-def _own(point: of.Point, cfg: DictConfig, folder: Path) -> dict[str, Any]:
-    """What the sweep sets in a point's configuration."""
-    own = {"run.dir": str(folder), "run.name": point.folder, "run.group": cfg.run.group or folder.name}
+def _own(point: of.Point, cfg: DictConfig, folder: Path) -> None:
+    """Set what the sweep decides in a point's configuration."""
+    cfg.run.dir, cfg.run.name, cfg.run.group = str(folder), point.folder, cfg.run.group or folder.name
     if cfg.launcher.name == "slurm" and cfg.engine.processes is None:
-        own["engine.processes"] = slurm.gpus_per_node(cfg)
-    return own
+        cfg.engine.processes = slurm.gpus_per_node(cfg)
 
 
 def check(points: Sequence[of.Point], configs: Sequence[DictConfig]) -> None:
@@ -107,21 +110,26 @@ def _quoted(value: str) -> str:
     return f"'{escaped}'"
 
 
-def _run(folder: Path, points: Sequence[of.Point], cfg: DictConfig, command: Sequence[str]) -> int:
+def _run(
+    folder: Path, points: Iterator[of.Point], cfg: DictConfig, command: Sequence[str], search: Search | None = None
+) -> int:
+    """Run points on this machine, show them, and give the exit code."""
     at_once = cfg.launcher.at_once
     local = Local(folder, at_once, visible_gpus() if at_once > 1 else (), engine(cfg).processes, command)
     with Watch(folder) as watch:
 
         def ended(end: Ended) -> None:
             watch.ended(end, settle(folder / end.point.folder, end.code))
+            if search is not None:
+                search.ended(end.point)
 
-        done = local.run(iter(points), watch.started, ended, watch)
+        codes = {end.code for end in local.run(points, watch.started, ended, watch)}
     status.show(folder, status.standings(folder))
     if local.leaving:
         return LEFT
-    if any(end.code not in (DONE, REQUEUE) for end in done):
+    if codes - {DONE, REQUEUE, LEFT}:
         return CRASHED
-    return REQUEUE if local.stopping or any(end.code == REQUEUE for end in done) else DONE
+    return REQUEUE if local.stopping or codes - {DONE} else DONE
 
 
 def settle(run: Path, code: int) -> str:
@@ -157,15 +165,16 @@ def retry(target: str, overrides: Sequence[str], command: Sequence[str] = LAUNCH
     folder = folders.find(target)
     found = status.standings(folder)
     again = [s.point for s in found if s.state in status.AGAIN]
+    if (search := folders.read_sweep(folder)["search"]) is not None:
+        return _search_on(folder, search, again, overrides, command)
     if not again:
         print(f"{folder}: {status.counts(found)}; nothing to run again.")
         return 0
     cfg = _changed(prepare.read(folder / again[0].folder), overrides)
-    of.check_launcher(cfg.launcher)
     print(f"sweep      {folder}, {len(again)} of {len(found)} points again")
     if cfg.launcher.name == "slurm":
         return _submit(folder, again, cfg)
-    return _run(folder, again, cfg, command)
+    return _run(folder, iter(again), cfg, command)
 
 
 def _changed(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
@@ -177,8 +186,71 @@ def _changed(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
             )
     OmegaConf.set_struct(cfg, True)
     try:
-        return OmegaConf.merge(cfg, OmegaConf.from_dotlist(list(overrides)))
+        cfg = OmegaConf.merge(cfg, OmegaConf.from_dotlist(list(overrides)))
     except OmegaConfBaseException as error:
         raise ConfigError(
             f"{' '.join(overrides)}: {str(error).splitlines()[0]}. See all: entrl show --full."
         ) from error
+    of.check_launcher(cfg.launcher)
+    return cfg
+
+
+def _search(request: of.Request, config_dir: str | None, argv: Sequence[str], command: Sequence[str]) -> int:
+    asked = settings(request.search, request.trials)
+    configs = corners(request.overrides, config_dir)
+    first = configs[0]
+    of.check_launcher(first.launcher)
+    if first.launcher.name != "local":
+        raise ConfigError(
+            "a search looks at what came out before it proposes the next point, and a job array does not wait. Use launcher=local, "
+            "on a cluster inside one job: sbatch --wrap 'entrl sweep ...'."
+        )
+    folder = Path(first.run.dir) / folders.sweep_name(request.name, request.named, [])
+    folders.check_free(folder)
+    points = [of.Point(n, f"{n:03d}", [], {}, None) for n in range(1, len(configs) + 1)]
+    check(points, configs)
+    if first.dry_run:
+        print(f"dry run: {asked.trials} trials would go to {folder}; nothing was started or written.")
+        return 0
+    optuna_or_error()
+    rundir.create(folder.parent, folder.name, overwrite=False)
+    search = {"optuna": asked._asdict(), "overrides": request.overrides, "config_dir": config_dir}
+    folders.write_sweep(folder, [], "local", argv, search)
+    print(f"search     {folder}, {asked.trials} trials, {asked.direction} {asked.metric}")
+    return _run_search(folder, search, asked, first, [], command)
+
+
+def _search_on(
+    folder: Path, search: Mapping[str, Any], again: Sequence[of.Point], overrides: Sequence[str], command: Sequence[str]
+) -> int:
+    trials = [o.partition("=")[2] for o in overrides if o.startswith("sweep.trials=")]
+    asked = settings(search["optuna"], of.whole("sweep.trials", trials[-1]) if trials else None)
+    cfg = corners(search["overrides"], search["config_dir"])[0]
+    cfg = _changed(cfg, [o for o in overrides if not o.startswith("sweep.trials=")])
+    known = len(folders.read_points(folder))
+    print(f"search     {folder}, {len(again)} points again and up to {max(0, asked.trials - known)} new ones")
+    return _run_search(folder, search, asked, cfg, again, command)
+
+
+def _run_search(
+    folder: Path,
+    search: Mapping[str, Any],
+    asked: Settings,
+    cfg: DictConfig,
+    again: Sequence[of.Point],
+    command: Sequence[str],
+) -> int:
+    def make(point: of.Point) -> DictConfig:
+        made = compose(point.overrides, search["config_dir"])
+        _own(point, made, folder)
+        check([point], [made])
+        write_run(point, made)
+        return made
+
+    study = Search(folder, search["overrides"], asked, make)
+    code = _run(folder, study.points(again), cfg, command, study)
+    if (best := study.best()) is not None:
+        point = folders.read_points(folder)[best[0] - 1]
+        print(f"best       {folder / point.folder}: {asked.metric}={best[1]:.4g}")
+        print(f"train it   entrl train {shlex.join(point.overrides)}")
+    return code

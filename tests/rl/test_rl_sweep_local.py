@@ -36,12 +36,20 @@ def run(folder, points, command, at_once=1, watch=lambda running: None, **more):
     return launcher, {end.point.number: end.code for end in ends}
 
 
+def once(number):
+    """Sends a signal to a point the first time: one that is ending has no handler left, and would be killed by a second."""
+    told = set()
+
+    def send(running):
+        if running.point.number not in told:
+            told.add(running.point.number)
+            running.process.send_signal(number)
+
+    return send
+
+
 def states(folder):
     return [s.state for s in standings(folder)]
-
-
-def starts(folder, point):
-    return len((folder / point.folder / "starts").read_text().splitlines())
 
 
 def until(condition):
@@ -63,7 +71,7 @@ def test_a_failing_point_stops_no_other(tmp_path):
 @pytest.mark.parametrize("at_once", [1, 2])
 def test_so_many_run_at_the_same_time_and_not_more(tmp_path, at_once):
     folder, points, command = make(tmp_path, *["long"] * 3)
-    most, told = [], set()
+    most, stop = [], once(signal.SIGTERM)
 
     def watch(running):
         most.append(len(running))
@@ -71,7 +79,7 @@ def test_so_many_run_at_the_same_time_and_not_more(tmp_path, at_once):
         begun = [r for r in running if (folder / r.point.folder / "metrics.jsonl").exists()]
         if len(begun) == at_once or len(running) < at_once:
             for r in begun:
-                r.process.send_signal(signal.SIGTERM)
+                stop(r)
 
     _, codes = run(folder, points, command, at_once, watch)
     assert max(most) == at_once and set(codes.values()) == {85}
@@ -119,11 +127,13 @@ def test_a_second_term_is_patient_as_schedulers_repeat_it(tmp_path):
 def test_points_side_by_side_get_gpus_of_their_own(tmp_path):
     folder, points, command = make(tmp_path, "long", "long", "ok")
 
+    stop = once(signal.SIGTERM)
+
     def watch(running):
         if len(running) == 2 and all((folder / r.point.folder / "metrics.jsonl").exists() for r in running):
-            running[0].process.send_signal(signal.SIGTERM)  # its place, and its GPUs, go to the third
+            stop(running[0])  # its place, and its GPUs, go to the third
         elif len(running) == 1 and running[0].point.number == 2:
-            running[0].process.send_signal(signal.SIGTERM)
+            stop(running[0])
 
     run(folder, points, command, 2, watch, gpus=["3", "5", "6", "7"], gpus_per_point=2)
     assert [(folder / p.folder / "env").read_text() for p in points] == ["3,5", "6,7", "3,5"]
