@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def fake(folder, *behaviours):
-    """The command of a launcher whose points 1, 2, ... behave so: ok (also any further one), crash, die, long, stubborn."""
+    """The command of a launcher whose points 1, 2, ... behave so: ok (also any further one), crash, die, long, stubborn, or a pass@1."""
     (folder / "behaviours.json").write_text(json.dumps(dict(enumerate(behaviours, 1))))
     return [sys.executable, "-S", __file__, str(folder / "behaviours.json")]
 
@@ -35,7 +35,9 @@ def main(behaviours, run):
     if told:
         (run / "STOPPED").write_text("SIGINT at step 1\n")
         return 85
-    (run / "summary.json").write_text(json.dumps({"eval": {"after": {"pass@1": 0.75}}}))
+    (run / "summary.json").write_text(
+        json.dumps({"eval": {"after": {"pass@1": behave if isinstance(behave, float) else 0.75}}})
+    )
     (run / "DONE").write_text("")
     return 0
 

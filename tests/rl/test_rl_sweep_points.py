@@ -4,10 +4,11 @@ import itertools
 
 import pytest
 
-from rl.config import choices, compose
+from rl.config import Range, choices, compose, search_space
 from rl.errors import ConfigError
 from rl.paths import configs_dir
 from rl.sweep.points import compose_all, expand, folder_name, name_points, read_request, varying_keys
+from rl.sweep.search import corners, settings
 
 NAMED = sorted(p.stem for p in (configs_dir() / "sweep").glob("*.yaml"))
 
@@ -50,7 +51,12 @@ def test_points_are_what_hydra_itself_expands():
 
 @pytest.mark.parametrize("name", NAMED)
 def test_every_point_of_every_named_sweep_composes(name):
-    found = points(f"sweep={name}")
+    request = read_request([f"sweep={name}"])
+    if request.search is not None:
+        settings(request.search)
+        assert len(corners(request.overrides, None)) > 2
+        return
+    found = expand(request)
     configs = compose_all(found)
     assert len(configs) == len(found) > 1
     assert len({p.folder for p in name_points(found, configs)}) == len(found)
@@ -159,3 +165,42 @@ def test_a_file_that_is_no_sweep(tmp_path, text):
 
 def test_the_limit_can_be_raised():
     assert len(points("seed=range(1,900)", "sweep.limit=899")) == 899
+
+
+@pytest.mark.parametrize(
+    "override, space",
+    [
+        ("seed=3", ["3"]),
+        ("plugin=[],[steer]", ["[]", "[steer]"]),
+        ("x=interval(0.1,2)", Range(0.1, 2.0, None, False)),
+        ("x=tag(log,interval(1e-6,1e-3))", Range(1e-6, 1e-3, None, True)),
+        ("x=int(interval(1,8))", Range(1, 8, None, False)),
+        ("x=range(1,8,2)", Range(1, 7, 2, False)),
+    ],
+)
+def test_what_a_search_may_choose_from(override, space):
+    assert search_space(override) == space
+    assert not isinstance(space, Range) or type(search_space(override).low) is type(space.low)
+
+
+@pytest.mark.parametrize("override", ["x=interval(2,1)", "x=tag(log,interval(0,1))", "x=glob(*)", "x=[1,"])
+def test_what_it_may_not(override):
+    with pytest.raises(ConfigError, match="no interval|no countable|cannot be read"):
+        search_space(override)
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ({"trials": 3}, "optuna.metric is not set"),
+        ({"metric": "m"}, "optuna.trials is not set"),
+        ({"metric": "m", "trials": 0}, "optuna.trials=0 does not work. Expected a whole number of at least 1."),
+        ({"metric": "m", "trials": 3, "sed": 1}, "optuna.sed is not known. Did you mean seed?"),
+        ({"metric": "m", "trials": 3, "direction": "up"}, "optuna.direction=up is not known"),
+        ("text", "optuna.metric is not set"),
+    ],
+)
+def test_settings_of_a_search(given, said):
+    with pytest.raises(ConfigError) as error:
+        settings(given)
+    assert said in str(error.value)
