@@ -72,10 +72,11 @@ class Local:
         points: Iterator[Point],
         started: Callable[[Point], None],
         ended: Callable[[Ended], None],
-        watch: Callable[[Sequence[Running]], None],
+        watch: Callable[[Sequence[Running], bool], None],
         pause: float = 0.5,
     ) -> list[Ended]:
-        """Run them all; the callbacks hear of every start and end, ``watch`` is called every ``pause`` seconds.
+        """Run them all; the callbacks hear of every start and end, ``watch`` is called every ``pause`` seconds with
+        what runs and whether it was told to stop.
 
         Raises:
             ConfigError: another process runs points of this sweep.
@@ -101,7 +102,7 @@ class Local:
                         code = LEFT
                     done.append(Ended(run.point, code, time.monotonic() - run.since))
                     ended(done[-1])
-                watch(self.running)
+                watch(self.running, self.stopping)
                 if self.running:
                     time.sleep(pause)
                 if self.leaving:

@@ -24,7 +24,7 @@ class Watch:
         self._folder = folder
         self._live = None
         self._first: dict[int, tuple[int, float]] = {}  # point -> its first step seen here, and when
-        self._next = 0.0
+        self._next, self._stopping = 0.0, False
 
     def __enter__(self) -> Watch:
         if sys.stdout.isatty():
@@ -50,8 +50,14 @@ class Watch:
                 numbers += "" if value is None else f"  {name} {value:.3f}"
             print(f"{state:<7}{end.point.folder}{numbers}  {clock(end.seconds)}", flush=True)
 
-    def __call__(self, running: Sequence[Running]) -> None:
+    def __call__(self, running: Sequence[Running], stopping: bool) -> None:
         """Show how it stands, at most once a second."""
+        if stopping and not self._stopping:
+            self._stopping = True
+            if self._live is None:
+                print(
+                    f"stopping {len(running)} points at the end of their step; Ctrl-C again leaves at once", flush=True
+                )
         if self._live is None or time.monotonic() < self._next:
             return
         self._next = time.monotonic() + 1.0
@@ -59,7 +65,8 @@ class Watch:
         left = {run.point.number: self._left(run) for run in running}
         shown = [s for s in found if s.state == "running"] if len(found) > 30 else found
         board = table(shown, left)
-        board.caption = f"{counts(found)}; Ctrl-C stops all at the end of a step"
+        hint = "stopping; Ctrl-C again leaves at once" if stopping else "Ctrl-C stops all at the end of a step"
+        board.caption = f"{counts(found)}; {hint}"
         self._live.update(board, refresh=True)
 
     def _left(self, run: Running) -> str:

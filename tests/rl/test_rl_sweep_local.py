@@ -29,7 +29,7 @@ def make(tmp_path, *behaviours):
     return folder, points, fake(tmp_path, *behaviours)
 
 
-def run(folder, points, command, at_once=1, watch=lambda running: None, **more):
+def run(folder, points, command, at_once=1, watch=lambda running, stopping: None, **more):
     launcher = Local(folder, at_once, command=command, **more)
     ends = []
     launcher.run(iter(points), lambda point: None, ends.append, watch, pause=0.02)
@@ -73,7 +73,7 @@ def test_so_many_run_at_the_same_time_and_not_more(tmp_path, at_once):
     folder, points, command = make(tmp_path, *["long"] * 3)
     most, stop = [], once(signal.SIGTERM)
 
-    def watch(running):
+    def watch(running, stopping):
         most.append(len(running))
         assert len(Processes(folder).read()["points"]) == len(running)
         begun = [r for r in running if (folder / r.point.folder / "metrics.jsonl").exists()]
@@ -89,7 +89,7 @@ def test_the_first_ctrl_c_stops_all_with_a_checkpoint_and_starts_no_more(tmp_pat
     folder, points, command = make(tmp_path, *["long"] * 3)
     sent = []
 
-    def watch(running):
+    def watch(running, stopping):
         if not sent and all((folder / r.point.folder / "metrics.jsonl").exists() for r in running):
             assert states(folder) == ["running", "running", "waiting"]
             sent.append(os.kill(os.getpid(), signal.SIGINT))
@@ -103,7 +103,7 @@ def test_the_second_ctrl_c_leaves_at_once(tmp_path):
     folder, points, command = make(tmp_path, "stubborn", "stubborn", "ok")
     sent = []
 
-    def watch(running):
+    def watch(running, stopping):
         if len(sent) < 2 and all((folder / r.point.folder / "metrics.jsonl").exists() for r in running):
             sent.append(os.kill(os.getpid(), signal.SIGINT))
 
@@ -116,7 +116,7 @@ def test_a_second_term_is_patient_as_schedulers_repeat_it(tmp_path):
     folder, points, command = make(tmp_path, "long")
     sent = []
 
-    def watch(running):
+    def watch(running, stopping):
         if len(sent) < 3 and (folder / points[0].folder / "metrics.jsonl").exists():
             sent.append(os.kill(os.getpid(), signal.SIGTERM))
 
@@ -129,7 +129,7 @@ def test_points_side_by_side_get_gpus_of_their_own(tmp_path):
 
     stop = once(signal.SIGTERM)
 
-    def watch(running):
+    def watch(running, stopping):
         if len(running) == 2 and all((folder / r.point.folder / "metrics.jsonl").exists() for r in running):
             stop(running[0])  # its place, and its GPUs, go to the third
         elif len(running) == 1 and running[0].point.number == 2:
@@ -152,7 +152,7 @@ from pathlib import Path
 from rl.sweep.folder import read_points
 from rl.sweep.local import Local
 folder = Path(sys.argv[1])
-Local(folder, 2, command=sys.argv[2:]).run(iter(read_points(folder)), print, print, lambda running: None, 0.02)
+Local(folder, 2, command=sys.argv[2:]).run(iter(read_points(folder)), print, print, lambda running, stopping: None, 0.02)
 """
 
 
