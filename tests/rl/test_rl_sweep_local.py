@@ -31,8 +31,13 @@ def make(tmp_path, *behaviours):
 
 def run(folder, points, command, at_once=1, watch=lambda running, stopping: None, **more):
     launcher = Local(folder, at_once, command=command, **more)
-    ends = []
-    launcher.run(iter(points), lambda point: None, ends.append, watch, pause=0.02)
+    ends, late = [], time.monotonic() + 120
+
+    def watched(running, stopping):
+        assert time.monotonic() < late, "the points do not end"
+        watch(running, stopping)
+
+    launcher.run(iter(points), lambda point: None, ends.append, watched, pause=0.02)
     return launcher, {end.point.number: end.code for end in ends}
 
 
