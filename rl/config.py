@@ -96,6 +96,11 @@ def choices(override: str) -> list[str]:
         ) from error
 
 
+def override_value(override: str) -> Any:
+    """What Hydra reads from the right side of ``key=value``; raises ConfigError where it cannot be read."""
+    return _parsed(override).value()
+
+
 class Range(NamedTuple):
     """Numbers from ``low`` to ``high``, both included; ``step`` is None for all between them."""
 

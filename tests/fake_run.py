@@ -43,4 +43,4 @@ def main(behaviours, run):
 
 
 if __name__ == "__main__":
-    sys.exit(main(*map(Path, sys.argv[1:])))
+    os._exit(main(*map(Path, sys.argv[1:])))  # not through the interpreter's end, where a late signal kills

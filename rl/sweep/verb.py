@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rl import prepare, rundir, slurm
-from rl.config import compose
+from rl.config import compose, override_value
 from rl.engine import engine
 from rl.errors import CRASHED, DONE, LEFT, REQUEUE, ConfigError, user_errors
 from rl.sweep import folder as folders
@@ -186,11 +186,10 @@ def _changed(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
             )
     OmegaConf.set_struct(cfg, True)
     try:
-        cfg = OmegaConf.merge(cfg, OmegaConf.from_dotlist(list(overrides)))
+        for override in overrides:
+            OmegaConf.update(cfg, of.override_key(override), override_value(override))
     except OmegaConfBaseException as error:
-        raise ConfigError(
-            f"{' '.join(overrides)}: {str(error).splitlines()[0]}. See all: entrl show --full."
-        ) from error
+        raise ConfigError(f"{override}: {str(error).splitlines()[0]}. See all: entrl show --full.") from error
     of.check_launcher(cfg.launcher)
     return cfg
 

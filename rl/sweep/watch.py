@@ -39,7 +39,7 @@ class Watch:
     def started(self, point: Point) -> None:
         """A point starts."""
         if self._live is None:
-            print(f"start  {point.folder}", flush=True)
+            print(f"{'start':<9}{point.folder}", flush=True)
 
     def ended(self, end: Ended, state: str) -> None:
         """A point ended."""
@@ -48,7 +48,7 @@ class Watch:
             numbers = "" if at.step is None else f"  step {at.step}/{end.point.steps or '?'}"
             for name, value in (("reward", at.reward), ("H", at.entropy)):
                 numbers += "" if value is None else f"  {name} {value:.3f}"
-            print(f"{state:<7}{end.point.folder}{numbers}  {clock(end.seconds)}", flush=True)
+            print(f"{state:<9}{end.point.folder}{numbers}  {clock(end.seconds)}", flush=True)
 
     def __call__(self, running: Sequence[Running], stopping: bool) -> None:
         """Show how it stands, at most once a second."""

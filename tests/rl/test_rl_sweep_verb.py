@@ -31,7 +31,7 @@ def test_every_point_becomes_a_run_folder_that_says_what_it_is(tmp_path, capsys)
     assert run(tmp_path, fake(tmp_path), "plugin=[],[steer]", "seed=1,2", "sweep.limit=4") == 0
     said = capsys.readouterr().out
     folder = tmp_path / "it"
-    assert f"{folder}: 4 done" in said and "start  004_plugin-steer_seed-2" in said and "0.750" in said
+    assert f"{folder}: 4 done" in said and "start    004_plugin-steer_seed-2" in said and "0.750" in said
     lines = [json.loads(line) for line in (folder / "sweep.jsonl").read_text().splitlines()]
     assert [line["number"] for line in lines] == [1, 2, 3, 4]
     assert lines[3]["folder"] == "004_plugin-steer_seed-2" and lines[3]["overrides"][-2:] == [
@@ -143,9 +143,9 @@ def test_slurm_gets_one_array_and_nobody_waits(tmp_path, cluster, capsys):
     assert states(tmp_path) == ["running", "lost", "waiting"]
     assert "job 101_2 TIMEOUT" in standings(folder)[1].note
     rundir.finish(folder / "001_seed-1", "DONE")
-    assert retry(str(folder), ["slurm.time='20:00:00'"]) == 0
+    assert retry(str(folder), ["slurm.time=1:30:00"]) == 0
     script = (folder / "job_2.sbatch").read_text()
-    assert "--array=2%2\n" in script and "--time=20:00:00" in script
+    assert "--array=2%2\n" in script and "--time=1:30:00" in script
     assert states(tmp_path) == ["done", "waiting", "waiting"]
     tasks["102_2"] = "FAILED"
     rundir.finish(folder / "002_seed-2", "FAILED", "out of luck")
