@@ -23,7 +23,7 @@ def progress(run: Path) -> Progress:
         with (run / "metrics.jsonl").open("rb") as file:
             size = file.seek(0, 2)
             file.seek(max(0, size - _TAIL))
-            lines = file.read().split(b"\n")[:-1]  # what follows the last newline is half a line, or nothing
+            lines = file.read().splitlines()
     except FileNotFoundError:
         return Progress()
     for line in reversed(lines):
@@ -31,7 +31,7 @@ def progress(run: Path) -> Progress:
             values = json.loads(line)
             return Progress(values["step"], values.get("reward/mean"), values.get("entropy/mean"))
         except (ValueError, KeyError):
-            continue  # a line that a killed process left torn
+            continue  # half a line: being written now, or left so by a process that was killed
     return Progress()
 
 
