@@ -7,11 +7,13 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -31,6 +33,12 @@ def compose(overrides: Sequence[str] = (), config_dir: str | None = None) -> Dic
     Raises:
         ConfigError: an unknown group option or key, settings of a plug-in that is not selected, a missing value.
     """
+    keys = {o.partition("=")[0] for o in overrides}
+    for group in ("plugin", "reward"):
+        if {group, f"+{group}"} <= keys:  # Hydra would drop the second without a word
+            raise ConfigError(
+                f"{group}= and +{group}= together: Hydra takes only the first. Give one list: '{group}=[a,b]'."
+            )
     asked = [word for o in overrides for word in _as_hydra(o)]
     if config_dir is not None:
         if not Path(config_dir).is_dir():
@@ -74,6 +82,64 @@ def _as_hydra(override: str) -> list[str]:
             raise ConfigError(f"{override}: a mixture cannot be one of several sets. Name the sets that it is made of.")
         return [f"+data@{key}.{name}={name}" for name in dict.fromkeys(names)]
     return [f"++{override}" if key.startswith(_OPEN) and value else override]
+
+
+def choices(override: str) -> list[str]:
+    """The overrides that one of a sweep stands for: ``seed=1,2`` is ``seed=1`` and ``seed=2``; one without choices is itself.
+
+    Raises:
+        ConfigError: it cannot be read, or its values cannot be counted (``interval()``, ``glob()``).
+    """
+    parsed = _parsed(override)
+    if not parsed.is_sweep_override():
+        return [override]
+    try:
+        return [f"{parsed.get_key_element()}={value}" for value in parsed.sweep_string_iterator()]
+    except HydraException as error:
+        raise ConfigError(
+            f"{override} has no countable choices. Expected a,b,c, choice(a,b,c) or range(1,4); intervals are for a search, "
+            "a named sweep with an optuna part."
+        ) from error
+
+
+def override_value(override: str) -> Any:
+    """What Hydra reads from the right side of ``key=value``; raises ConfigError where it cannot be read."""
+    return _parsed(override).value()
+
+
+class Range(NamedTuple):
+    """Numbers from ``low`` to ``high``, both included; ``step`` is None for all between them."""
+
+    low: float
+    high: float
+    step: float | None
+    log: bool
+
+
+def search_space(override: str) -> Range | list[str]:
+    """The values a search may give to a key: ``interval(a,b)``, ``tag(log,interval(a,b))``, ``int(interval(a,b))``, ``range()`` or choices.
+
+    Raises:
+        ConfigError: it cannot be read, or an interval has no extent or takes the logarithm of what has none.
+    """
+    value = _parsed(override).value()
+    if isinstance(value, IntervalSweep):
+        log = "log" in value.tags
+        if not value.start < value.end or (log and value.start <= 0):
+            raise ConfigError(
+                f"{override} is no interval. Expected low < high{', both above 0 for log' if log else ''}."
+            )
+        return Range(value.start, value.end, None, log)
+    if isinstance(value, RangeSweep) and len(values := list(value.range())) > 1:
+        return Range(min(values), max(values), abs(value.step), False)
+    return [word.partition("=")[2] for word in choices(override)]
+
+
+def _parsed(override: str) -> Override:
+    try:
+        return OverridesParser.create().parse_overrides([override])[0]
+    except OverrideParseException as error:
+        raise ConfigError(_explain(error, [override])) from error
 
 
 def _explain(error: Exception, overrides: Sequence[str]) -> str:

@@ -27,10 +27,8 @@ def sync(paths: Sequence[str]) -> int:
         paths: run folders, or folders of run folders.
 
     Raises:
-        ConfigError: no path, one that holds no run with W&B on, or no key.
+        ConfigError: a path that holds no run with W&B on, or no key.
     """
-    if not paths:
-        raise ConfigError("entrl sync needs a run folder or a folder of them: entrl sync runs/NAME.")
     folders = list(dict.fromkeys(folder for path in paths for folder in run_folders(Path(path))))
     failures = 0
     for number, folder in enumerate(folders, start=1):

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from command_line import SMALL, entrl, fails, metrics, train
-from rl.cli import parse
+from rl.arguments import parse
 from rl.config import compose
 from rl.errors import ConfigError
 from rl.paths import configs_dir
@@ -172,7 +172,7 @@ def test_show_and_cfg(capsys):
 
 def test_arguments_in_any_order():
     parsed = parse(["eval", "eval.samples=2", "runs/x", "--config-dir", "mine", "~plugin.steer", "--out=o"])
-    assert (parsed.target, parsed.config_dir, parsed.out) == ("runs/x", "mine", "o")
+    assert (parsed.target, parsed.config_dir, parsed.flags["--out"]) == ("runs/x", "mine", "o")
     assert parsed.overrides == ["eval.samples=2", "~plugin.steer"]
     for bad in (
         ["tran"],
@@ -180,9 +180,26 @@ def test_arguments_in_any_order():
         ["train", "--quick"],
         ["train", "--cfg", "hydra"],
         ["train", "--config-dir"],
+        ["train", "--rollouts=3"],
+        ["resume"],
+        ["resume", "runs/x", "runs/y"],
+        ["slurm"],
+        ["slurm", "run"],
+        ["sweep", "status"],
+        ["sweep", "runs/x"],
+        ["sync"],
+        ["rewards"],
     ):
         with pytest.raises(ConfigError):
             parse(bad)
+
+
+def test_words_behind_a_verb():
+    assert parse(["sweep", "seed=1,2"]).word is None
+    asked = parse(["sweep", "retry", "runs/x", "launcher.at_once=2"])
+    assert (asked.word, asked.target, asked.overrides) == ("retry", "runs/x", ["launcher.at_once=2"])
+    assert parse(["sync", "runs/a", "runs/b"]).targets == ["runs/a", "runs/b"]
+    assert parse(["slurm", "submit", "--dry-run"]).flags == {"--dry-run": True}
 
 
 def test_a_stream_with_the_default_filters_trains(tmp_path):

@@ -3,13 +3,13 @@ import subprocess
 import sys
 
 import pytest
-from wandb_server import Server, forget, use
 
 from rl.cli import main
 from rl.dynamics import Histogram
 from rl.tracking import Tracker, last_step
 from rl.wandb_run import Record
 from runs import environment
+from wandb_server import Server, forget, use
 
 ROWS = [{"prompt": "p", "reward": 1.0, "tokens": ["a"]}]
 

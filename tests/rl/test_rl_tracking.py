@@ -10,12 +10,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-from wandb_server import KEY, Server, forget, use
 
 from rl.dynamics import Histogram
 from rl.errors import ConfigError
 from rl.tracking import Tracker, resolve_mode
 from rl.wandb_run import Record, new_run_id, read_lines
+from wandb_server import KEY, Server, forget, use
 
 HIST = {"entropy/hist": Histogram([3, 1], [0.0, 0.5, 2.0])}
 ROWS = [{"prompt": "p", "reward": 1.0, "tokens": ["a"]}]

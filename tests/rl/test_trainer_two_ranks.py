@@ -12,8 +12,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-import two_rank_train
 
+import two_rank_train
 from tiny import save_model
 
 TESTS = Path(__file__).parents[1]
