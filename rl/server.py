@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import http.client
 import os
 import shutil
 import signal
@@ -29,6 +30,8 @@ _TOLD = 30  # seconds between two lines about a server that is still starting
 _SHOWN = 20  # last lines of the log in an error
 # What a launcher of ranks sets, and vLLM would take for its own.
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+_GIVEN = ("--model", "--revision", "--host", "--port", "--tensor-parallel-size", "--dtype", "--trust-remote-code")
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,13 @@ class Server:
             raise ConfigError(
                 "trainer.vllm_server_base_url is for a server that runs already. Set rollout.server.launch=false, or give the "
                 "address to start one at as trainer.vllm_server_host and trainer.vllm_server_port."
+            )
+
+        named = [word for word in self.extra if word.partition("=")[0].replace("_", "-") in _GIVEN]
+        if named:
+            raise ConfigError(
+                f"rollout.server.extra={list(self.extra)} gives {named[0]} a second time. It is set by model., trainer.vllm_server_host "
+                "and vllm_server_port, or rollout.server.tensor_parallel."
             )
 
     def command(self) -> list[str]:
@@ -157,7 +167,9 @@ def check_port(server: Server) -> None:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(server.host, server.port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that is only waiting to be free is free
+            probe.setsockopt(
+                socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+            )  # a port that is only waiting to be free is free
             probe.bind(address)
     except OSError as error:
         raise ConfigError(
@@ -247,8 +259,8 @@ def _health(url: str) -> str | None:
             return None if answer.status == 200 else f"HTTP {answer.status}"
     except urllib.error.HTTPError as error:
         return f"HTTP {error.code}"
-    except OSError as error:
-        return str(getattr(error, "reason", error))
+    except (OSError, http.client.HTTPException) as error:
+        return str(getattr(error, "reason", error)) or type(error).__name__
 
 
 def _ended(process: subprocess.Popen, log: Path) -> str:
