@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerState,
@@ -102,8 +103,9 @@ def tokenizer(path: str, model: DictConfig) -> PreTrainedTokenizerBase:
 
 
 def language_model(path: str, model: DictConfig) -> PreTrainedModel:
-    """The weights of a model, on the GPU when there is one."""
+    """The weights of a model, on the GPU when there is one; linear layers but the head in 4 bits where it says so."""
     check_dtype(model)
+    quantized = quantization(model)
     dtype = model.dtype if torch.cuda.is_available() else "float32"  # bf16 on a CPU is slow and inexact
     found = pretrained(
         AutoModelForCausalLM,
@@ -112,8 +114,25 @@ def language_model(path: str, model: DictConfig) -> PreTrainedModel:
         trust_remote_code=model.trust_remote_code,
         dtype=dtype,
         attn_implementation=model.attn_implementation,
+        **({} if quantized is None else {"quantization_config": quantized}),
     )
-    return found.to("cuda") if torch.cuda.is_available() else found
+    # quantised weights are where they belong already
+    return found.to("cuda") if torch.cuda.is_available() and quantized is None else found
+
+
+def quantization(model: DictConfig) -> BitsAndBytesConfig | None:
+    """How weights are quantised as they are loaded, None for not at all.
+
+    Raises:
+        ConfigError: bitsandbytes is missing, or options it does not have.
+    """
+    if model.quantization is None:
+        return None
+    if find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            'model.quantization (peft=qlora) needs bitsandbytes. Run pip install "entrl[qlora]", or use peft=lora.'
+        )
+    return make("model.quantization", model.quantization)
 
 
 def check_dtype(model: DictConfig) -> None:

@@ -36,7 +36,7 @@ def sizes(config: Any) -> Sizes:
         ConfigError: not the configuration of a causal language model.
     """
     text = config.get_text_config()
-    model = _on_meta(config)
+    model = on_meta(config)
     heads = text.num_attention_heads
     experts = getattr(text, "num_experts_per_tok", None) if getattr(text, "moe_intermediate_size", None) else None
     wide = experts * text.moe_intermediate_size if experts else getattr(text, "intermediate_size", None)
@@ -63,7 +63,7 @@ def lora_parameters(config: Any, rank: int, targets: str | Sequence[str] = "all-
     chosen = targets if isinstance(targets, str) else list(targets)
     try:
         with torch.device("meta"):
-            model = get_peft_model(_on_meta(config), LoraConfig(r=rank, target_modules=chosen, task_type="CAUSAL_LM"))
+            model = get_peft_model(on_meta(config), LoraConfig(r=rank, target_modules=chosen, task_type="CAUSAL_LM"))
     except ValueError as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise ConfigError(f"peft: r={rank}, target_modules={chosen} does not work: {reason}.") from error
@@ -71,7 +71,12 @@ def lora_parameters(config: Any, rank: int, targets: str | Sequence[str] = "all-
     return sum(n for _, n in trained), sum("lora_A" in name for name, _ in trained)
 
 
-def _on_meta(config: Any) -> torch.nn.Module:
+def on_meta(config: Any) -> torch.nn.Module:
+    """The causal language model of a configuration, without memory for its weights.
+
+    Raises:
+        ConfigError: it has none.
+    """
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
