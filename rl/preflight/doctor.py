@@ -16,6 +16,7 @@ from rl.memory import estimate
 from rl.options import batch_algebra
 from rl.pipeline import Pipeline
 from rl.preflight import environment, settings, tasks
+from rl.preflight.loading import check_model
 from rl.preflight.report import Report, Section
 from rl.preflight.sampling import check_rollouts
 from rl.quiet import quiet
@@ -40,6 +41,7 @@ def examine(overrides: Sequence[str], config_dir: str | None, rollouts: int) -> 
         path, tokenizer = settings.model_path(cfg, section)
         config = None if path is None else section.attempt(model_config, path, cfg)
         if config is not None:
+            check_model(cfg, section, config)
             size = sizes(config)
             section.fact(
                 f"{cfg.model.path}, {size.parameters / 1e6:,.1f} M parameters, {context_of(config) or 'unknown'} tokens of context"

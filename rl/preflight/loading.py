@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import re
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_flash_attn_4_available
 
+from rl import build
 from rl.errors import ConfigError
+from rl.preflight.report import Section
 from rl.scoring import base_of
 from rl.sizes import on_meta
 
@@ -23,6 +26,19 @@ _FLASH = {
     "flash_attention_3": ("flash-attn-3", is_flash_attn_3_available),
     "flash_attention_4": ("flash-attn-4", is_flash_attn_4_available),
 }
+
+
+def check_model(cfg: DictConfig, section: Section, config: PretrainedConfig) -> None:
+    """Note why this model cannot be loaded or adapted as ``cfg`` says."""
+    section.attempt(check_attention, cfg.model, config)
+    adapters = section.attempt(build.peft_config, cfg)
+    if adapters is not None:
+        section.attempt(check_adapters, config, adapters)
+    elif not cfg.peft and getattr(config, "quantization_config", None):
+        section.error(
+            f"model.path={cfg.model.path} holds quantised weights, which cannot be trained. Use peft=lora, or the model they were "
+            "made from."
+        )
 
 
 def check_quantization(cfg: DictConfig) -> None:
@@ -81,18 +97,24 @@ def check_attention(model: DictConfig, config: PretrainedConfig) -> None:
         with torch.device("meta"):
             AutoModelForCausalLM.from_config(config, attn_implementation=name, dtype=config.dtype)
     except (ImportError, ValueError, OSError) as error:
-        raise ConfigError(f"{key} does not work: {_first_sentence(error)}. Use model.attn_implementation=eager.") from error
+        raise ConfigError(
+            f"{key} does not work: {_first_sentence(error)}. Use model.attn_implementation=eager."
+        ) from error
 
 
 def check_adapters(config: PretrainedConfig, adapters: Any) -> None:
     """Raise ConfigError for adapters that cannot be made on this model, or that would not be trained."""
+    if isinstance(adapters, LoraConfig):
+        _check_lora(adapters)
     try:
         with torch.device("meta"):
             model = get_peft_model(on_meta(config), adapters)
     except ConfigError:
         raise
     except Exception as error:  # peft checks little before it builds, so anything may come up
-        raise ConfigError(f"peft: no adapters can be made on this model: {_first_sentence(error)}. Change peft.") from error
+        raise ConfigError(
+            f"peft: no adapters can be made on this model: {_first_sentence(error)}. Change peft."
+        ) from error
     base = base_of(model)
     if isinstance(base.get_output_embeddings(), BaseTunerLayer):
         raise ConfigError(
@@ -100,7 +122,23 @@ def check_adapters(config: PretrainedConfig, adapters: Any) -> None:
             "Leave it out; all-linear does."
         )
     if not any(p.requires_grad for p in model.parameters()):
-        raise ConfigError("peft leaves nothing to train. Check peft.target_modules, and leave peft.inference_mode alone.")
+        raise ConfigError(
+            "peft leaves nothing to train. Check peft.target_modules, and leave peft.inference_mode alone."
+        )
+
+
+def _check_lora(lora: LoraConfig) -> None:
+    rules = {
+        "r": ("a whole number of at least 1", lambda x: isinstance(x, int) and x >= 1),
+        "lora_alpha": ("a number above 0", lambda x: 0 < x < math.inf),
+        "lora_dropout": ("a share of at least 0 and below 1", lambda x: 0 <= x < 1),
+        "task_type": ("CAUSAL_LM", lambda x: x == "CAUSAL_LM"),
+    }
+    for name, (expected, fits) in rules.items():
+        value = getattr(lora, name)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not (number or name == "task_type") or not fits(value):
+            raise ConfigError(f"peft.{name}={value} does not work. Expected {expected}.")
 
 
 def _first_sentence(error: Exception) -> str:

@@ -16,10 +16,12 @@ from rl.config import compose, gate_order, reward_gates
 from rl.errors import ConfigError, MissingError
 from rl.eval_run import check_engine
 from rl.groups import run_facts, trained_of_group
-from rl.options import batch_algebra, trainer_flaws
+from rl.options import batch_algebra, check_optimizer, trainer_flaws
 from rl.paths import find_model
 from rl.pipeline import Pipeline
+from rl.preflight.loading import check_quantization
 from rl.preflight.report import Section
+from rl.preflight.vllm_options import check_vllm
 from rl.testing import batch_from_logits
 from rl.tracking import resolve_mode
 
@@ -76,6 +78,8 @@ def check_settings(cfg: DictConfig, section: Section) -> tuple[Pipeline | None, 
     section.attempt(resolve_mode, cfg.logger.mode)
     section.attempt(build.check_dtype, cfg.model)
     section.attempt(build.peft_config, cfg)
+    section.attempt(build.quantization, cfg.model)
+    section.attempt(check_quantization, cfg)
     section.attempt(build.use_threads, cfg.engine.threads)
     _check_kinds(cfg, section)
     if isinstance(cfg.run.name, str):
@@ -87,6 +91,8 @@ def check_settings(cfg: DictConfig, section: Section) -> tuple[Pipeline | None, 
     args = section.attempt(build.grpo_config, cfg, str(Path(cfg.run.dir) / "unused"), _weights(cfg))
     if args is not None:
         section.attempt(build.check_backend, cfg.rollout.backend, args)
+        check_vllm(section, cfg, args, world())
+        section.attempt(check_optimizer, args)
         section.attempt(trained_of_group, cfg.rollout.train_share, args)
     return pipeline, args
 
@@ -148,11 +154,6 @@ def check_batch(cfg: DictConfig, section: Section, pipeline: Pipeline | None, ar
         return
     for advice in pipeline.check(run_facts(args, world())):
         section.advise(advice)
-    if cfg.rollout.backend == "vllm" and (cfg.trainer.top_p < 1 or args.top_k or args.min_p):
-        section.advise(
-            "trainer.top_p, top_k and min_p change what vLLM samples from but not the probabilities that TRL's importance "
-            "correction divides by. Leave them off, or set trainer.vllm_importance_sampling_correction=false."
-        )
 
 
 def check_plugins(section: Section, pipeline: Pipeline, on_policy: bool) -> None:
