@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
 from importlib.util import find_spec
@@ -116,8 +119,17 @@ def language_model(path: str, model: DictConfig) -> PreTrainedModel:
         attn_implementation=model.attn_implementation,
         **({} if quantized is None else {"quantization_config": quantized}),
     )
-    # quantised weights are where they belong already
-    return found.to("cuda") if torch.cuda.is_available() and quantized is None else found
+    if quantized is not None:  # its weights are where they belong already
+        return _without_packing(found)
+    return found.to("cuda") if torch.cuda.is_available() else found
+
+
+def _without_packing(model: PreTrainedModel) -> PreTrainedModel:
+    """bitsandbytes 0.50 repacks weights at the first sampling on CPUs with AVX512-BF16; from then on they pass no gradient."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def quantization(model: DictConfig) -> BitsAndBytesConfig | None:
@@ -190,7 +202,7 @@ def probe_rewards(functions: Sequence[Checked | Once | Gated], rows: Sequence[di
     """Call each reward once on empty completions of one prompt, so that a broken one fails before the run starts.
 
     Raises:
-        RewardError: what the reward did wrong.
+        RewardError: what the reward did wrong, or it took more than a minute.
     """
     row = rows[0]
     columns = {name: [value] * group for name, value in row.items() if name != "prompt"}
@@ -198,7 +210,40 @@ def probe_rewards(functions: Sequence[Checked | Once | Gated], rows: Sequence[di
     chat = not isinstance(row["prompt"], str)
     completions = [[{"role": "assistant", "content": ""}]] * group if chat else [""] * group
     for function in functions:
-        function([row["prompt"]] * group, completions, **columns)
+        try:
+            with _at_most(_PROBE):
+                function([row["prompt"]] * group, completions, **columns)
+        except _TooLong:
+            raise RewardError(
+                f"reward.{function.__name__} has not answered within {_PROBE:g} s for {group} empty completions. Does it wait for a "
+                "server, or download something?"
+            ) from None
+
+
+_PROBE = 60.0  # seconds
+
+
+class _TooLong(BaseException):
+    """Not an Exception, so that no reward takes it for one of its own."""
+
+
+@contextmanager
+def _at_most(seconds: float) -> Iterator[None]:
+    """Raise _TooLong inside the context after so many seconds, where this is the main thread: others get no signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        raise _TooLong
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def grpo_config(cfg: DictConfig, output_dir: str, weights: list[float]) -> GRPOConfig:

@@ -19,6 +19,7 @@ class Sizes:
 
     parameters: int
     embedding: int  # parameters of the embedding
+    linear: int  # parameters of the linear layers but the head, which is what bitsandbytes quantises
     layers: int
     hidden: int
     intermediate: int  # of all experts that one token visits
@@ -43,6 +44,11 @@ def sizes(config: Any) -> Sizes:
     return Sizes(
         parameters=sum(p.numel() for p in model.parameters()),
         embedding=model.get_input_embeddings().weight.numel(),
+        linear=sum(
+            m.weight.numel()
+            for m in model.modules()
+            if isinstance(m, torch.nn.Linear) and m is not model.get_output_embeddings()
+        ),
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
         intermediate=wide or 4 * text.hidden_size,  # GPT-2 leaves it open

@@ -12,7 +12,7 @@ from trl import GRPOConfig
 
 from rl import build
 from rl.machine import machine
-from rl.memory import estimate
+from rl.memory import estimate, quantized_bits
 from rl.options import batch_algebra
 from rl.pipeline import Pipeline
 from rl.preflight import environment, settings, tasks
@@ -123,6 +123,7 @@ def check_memory(
         optim=getattr(args.optim, "value", args.optim),
         lora_rank=lora.r if lora else 0,
         lora_targets=lora.target_modules if lora else "all-linear",
+        linear_bits=quantized_bits(cfg.model.quantization),
         beta=args.beta,
         full_kl="full_kl" in pipeline.needs,
         vllm_gpu_memory_utilization=args.vllm_gpu_memory_utilization if args.use_vllm else 0.0,
