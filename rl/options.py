@@ -92,7 +92,7 @@ _RULES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
         "a number above 0",
         lambda x: x > 0,
         (
-            "learning_rate", "max_steps", "temperature", "max_completion_length", "epsilon", "epsilon_high", "delta",
+            "learning_rate", "adam_epsilon", "max_steps", "temperature", "max_completion_length", "epsilon", "epsilon_high", "delta",
             "num_iterations", "logging_steps", "save_steps", "save_total_limit", "num_train_epochs", "repetition_penalty",
             "generation_batch_size", "sapo_temperature_neg", "sapo_temperature_pos", "ref_model_sync_steps",
             "vllm_importance_sampling_clip_max", "vllm_tensor_parallel_size", "vllm_max_model_length", "vllm_server_timeout",
@@ -104,7 +104,7 @@ _RULES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
         "a number of at least 0",
         lambda x: x >= 0,
         (
-            "weight_decay", "warmup_steps", "max_grad_norm", "adam_epsilon", "beta", "top_k", "neftune_noise_alpha",
+            "weight_decay", "warmup_steps", "max_grad_norm", "beta", "top_k", "neftune_noise_alpha",
             "vllm_importance_sampling_clip_min", "dataloader_num_workers", "vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg",
             "vespo_lambda_neg", "entropy_target", "entropy_coef_delta", "router_aux_loss_coef", "data_seed",
         ),
