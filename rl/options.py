@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from types import NoneType
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
+from accelerate.utils import DynamoBackend
 from omegaconf import DictConfig
 from transformers import get_scheduler
 from transformers.trainer_utils import SchedulerType
@@ -55,8 +56,10 @@ def _flaw(key: str, value: Any, kinds: set[type]) -> str | None:
         optional = NoneType in kinds and key not in _NEEDED or key in _AUTOMATIC
         return None if optional else f"does not work. Expected {'a text' if str in kinds else 'a number'}."
     if key in _CHOICES or key in _ENUMS:
-        allowed = _CHOICES.get(key) or [member.value for member in _ENUMS[key]]
+        allowed = _CHOICES.get(key) or [str(member.value).lower() for member in _ENUMS[key]]
         return None if value in allowed else f"is not known. Expected one of: {', '.join(map(str, allowed))}."
+    if dict in kinds and not isinstance(value, Mapping):
+        return "is no map. Expected one, as {key: value}."
     if not kinds <= {int, float, bool, NoneType}:
         return None
     if isinstance(value, bool) != (bool in kinds) or not isinstance(value, int | float):
@@ -74,13 +77,14 @@ _NEEDED = ("steps_per_generation", "num_generations", "max_completion_length")
 _AUTOMATIC = ("use_cpu",)
 _MAY_BE_INFINITE = ("max_grad_norm",)  # never clips
 
-_ENUMS = {"optim": OptimizerNames, "lr_scheduler_type": SchedulerType}
+_ENUMS = {"optim": OptimizerNames, "lr_scheduler_type": SchedulerType, "torch_compile_backend": DynamoBackend}
 
 _CHOICES = {
     "loss_type": ("grpo", "dapo", "bnpo", "dr_grpo", "cispo", "sapo", "luspo", "vespo"),
     "importance_sampling_level": ("token", "sequence"),
     "scale_rewards": ("group", "batch", "none"),
     "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
+    "torch_compile_mode": ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
     "vllm_mode": ("colocate", "server"),
     "vllm_model_impl": ("vllm", "transformers"),
     "vllm_importance_sampling_mode": ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
@@ -123,6 +127,8 @@ _OURS = {
     "top_entropy_quantile": "use plugin=[fork_mask] plugin.fork_mask.rho=",
     "run_name": "use run.name",
     "disable_tqdm": "the progress line takes its place",
+    "gradient_checkpointing": "use its new name, trainer.activation_checkpointing",
+    "gradient_checkpointing_kwargs": "use its new name, trainer.activation_checkpointing_kwargs",
     "reward_weights": "use reward.NAME.weight",
     "remove_unused_columns": "rewards get all columns of the data",
     "dataloader_pin_memory": "on with a GPU",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +85,15 @@ def check_settings(cfg: DictConfig, section: Section) -> tuple[Pipeline | None, 
     _check_kinds(cfg, section)
     if isinstance(cfg.run.name, str):
         section.attempt(rundir.check_free, Path(cfg.run.dir), cfg.run.name, cfg.run.overwrite)
-    if cfg.trainer.get("bf16") and not torch.cuda.is_available():
-        section.error("trainer.bf16=true needs a GPU that was not found. Leave it null: on with a GPU, off without.")
+    for half in ("bf16", "fp16"):
+        if cfg.trainer.get(half) and not torch.cuda.is_available():
+            section.error(
+                f"trainer.{half}=true needs a GPU that was not found. Leave bf16 null: on with a GPU, off without."
+            )
+    if cfg.trainer.get("use_liger_kernel") and find_spec("liger_kernel") is None:
+        section.error(
+            "trainer.use_liger_kernel=true: liger-kernel is not installed. Run pip install liger-kernel, or leave it false."
+        )
     if section.errors:
         return pipeline, None
     args = section.attempt(build.grpo_config, cfg, str(Path(cfg.run.dir) / "unused"), _weights(cfg))
