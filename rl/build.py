@@ -268,8 +268,9 @@ def grpo_config(cfg: DictConfig, output_dir: str, weights: list[float]) -> GRPOC
             remove_unused_columns=False,
             **options,
         )
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"trainer: TRL refuses these options: {str(error).strip().splitlines()[0]}") from error
+    except Exception as error:  # an odd value may break anything in there
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"trainer: TRL refuses these options: {reason}") from error
 
 
 def check_backend(backend: str, args: GRPOConfig) -> None:

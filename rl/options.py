@@ -44,6 +44,9 @@ def trainer_flaws(trainer: DictConfig) -> Iterator[str]:
             yield f"trainer.{key} is set by entrl itself: {_OURS[key]}."
         elif flaw := _flaw(key, value, known[key]):
             yield f"trainer.{key}={value} {flaw}"
+    for key in ("dataloader_persistent_workers", "dataloader_prefetch_factor"):
+        if trainer.get(key) and not trainer.get("dataloader_num_workers"):
+            yield f"trainer.{key}={trainer[key]} needs workers. Set trainer.dataloader_num_workers=1 or more."
 
 
 def _kinds(annotation: Any) -> set[type]:
@@ -85,6 +88,8 @@ _CHOICES = {
     "scale_rewards": ("group", "batch", "none"),
     "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
     "torch_compile_mode": ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+    "log_level": ("debug", "info", "warning", "error", "critical", "passive"),
+    "log_level_replica": ("debug", "info", "warning", "error", "critical", "passive"),
     "vllm_mode": ("colocate", "server"),
     "vllm_model_impl": ("vllm", "transformers"),
     "vllm_importance_sampling_mode": ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
@@ -110,7 +115,7 @@ _RULES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
         (
             "weight_decay", "warmup_steps", "max_grad_norm", "beta", "top_k", "neftune_noise_alpha",
             "vllm_importance_sampling_clip_min", "dataloader_num_workers", "vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg",
-            "vespo_lambda_neg", "entropy_target", "entropy_coef_delta", "router_aux_loss_coef", "data_seed",
+            "vespo_lambda_neg", "entropy_target", "entropy_coef_delta", "router_aux_loss_coef", "seed", "data_seed",
         ),
     ),
     ("at least 0 and below 1", lambda x: 0 <= x < 1, ("adam_beta1", "adam_beta2", "label_smoothing_factor")),
@@ -134,6 +139,11 @@ _OURS = {
     "dataloader_pin_memory": "on with a GPU",
     "model_init_kwargs": "use model.dtype, model.attn_implementation and model.quantization",
     "trust_remote_code": "use model.trust_remote_code",
+    "eval_strategy": "use eval.before and eval.after",
+    "eval_on_start": "use eval.before",
+    "load_best_model_at_end": "the last weights are saved",
+    "metric_for_best_model": "the last weights are saved",
+    "parallelism_config": "use engine=",
     "auto_find_batch_size": "it would change what an update means; entrl doctor says what fits",
 }
 

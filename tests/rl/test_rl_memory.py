@@ -269,7 +269,14 @@ def test_advice_names_the_first_setting_that_makes_it_fit():
     eager = estimate(half, machine=gpu(20), attention="eager", checkpointing=True, **base)
     assert eager.advice().startswith("model.attn_implementation=sdpa")
     colocate = {"rollout": "vllm_colocate", "vllm_gpu_memory_utilization": 0.9, "checkpointing": True}
-    nothing = {"micro_batch": 1, "accumulation": 1, "prompt_tokens": 2048, "completion_tokens": 1, "lora_rank": 4, "linear_bits": 4.5}
+    nothing = {
+        "micro_batch": 1,
+        "accumulation": 1,
+        "prompt_tokens": 2048,
+        "completion_tokens": 1,
+        "lora_rank": 4,
+        "linear_bits": 4.5,
+    }
     stuck = estimate(SEVEN, machine=gpu(8), device="cuda", sequences=101, **nothing)
     assert stuck.peak_phase == "rollout" and stuck.advice().startswith("Nothing in the configuration lowers the peak")
     assert "trainer.vllm_gpu_memory_utilization=0.45" in estimate(half, machine=gpu(80), **colocate, **base).advice()

@@ -42,6 +42,10 @@ def test_the_default_has_none():
         ("vllm_mode=colocated", "=colocated is not known. Expected one of: colocate, server."),
         ("torch_compile_mode=fast", "=fast is not known. Expected one of: default,"),
         ("gradient_checkpointing=true", " is set by entrl itself: use its new name, trainer.activation_checkpointing."),
+        ("log_level=loud", "=loud is not known. Expected one of: debug,"),
+        ("seed=-1", "=-1 does not work. Expected a number of at least 0."),
+        ("dataloader_prefetch_factor=2", "=2 needs workers. Set trainer.dataloader_num_workers=1 or more."),
+        ("eval_on_start=true", " is set by entrl itself: use eval.before."),
         ("model_init_kwargs={}", " is set by entrl itself: use model.dtype,"),
     ],
 )
