@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from accelerate.utils import DynamoBackend
 from omegaconf import DictConfig
-from transformers import get_scheduler
+from transformers import GenerationConfig, get_scheduler
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
@@ -44,9 +44,11 @@ def trainer_flaws(trainer: DictConfig) -> Iterator[str]:
             yield f"trainer.{key} is set by entrl itself: {_OURS[key]}."
         elif flaw := _flaw(key, value, known[key]):
             yield f"trainer.{key}={value} {flaw}"
-    for key in ("dataloader_persistent_workers", "dataloader_prefetch_factor"):
+    for key in ("dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_multiprocessing_context"):
         if trainer.get(key) and not trainer.get("dataloader_num_workers"):
             yield f"trainer.{key}={trainer[key]} needs workers. Set trainer.dataloader_num_workers=1 or more."
+    if trainer.get("sync_ref_model") and not trainer.get("beta"):
+        yield "trainer.sync_ref_model=true needs a reference model. Set trainer.beta above 0, or leave it false."
 
 
 def _kinds(annotation: Any) -> set[type]:
@@ -63,6 +65,8 @@ def _flaw(key: str, value: Any, kinds: set[type]) -> str | None:
         return None if value in allowed else f"is not known. Expected one of: {', '.join(map(str, allowed))}."
     if dict in kinds and not isinstance(value, Mapping):
         return "is no map. Expected one, as {key: value}."
+    if str in kinds and not kinds & {int, float, bool} and isinstance(value, int | float):
+        return f"is a {type(value).__name__}. Expected a text."
     if not kinds <= {int, float, bool, NoneType}:
         return None
     if isinstance(value, bool) != (bool in kinds) or not isinstance(value, int | float):
@@ -162,6 +166,20 @@ def check_optimizer(args: GRPOConfig) -> None:
         optimizer = kind([number], **options)
     with _refusal("lr_scheduler_type", args.lr_scheduler_type, "lr_scheduler_kwargs"):
         get_scheduler(args.lr_scheduler_type, optimizer, 0, args.max_steps, args.lr_scheduler_kwargs)
+
+
+def check_generation(args: GRPOConfig) -> None:
+    """Raise ConfigError for what transformers' generate does not take."""
+    options = dict(args.generation_kwargs or {})
+    with _refusal("generation_kwargs", options, "cache_implementation"):
+        config = GenerationConfig(cache_implementation=args.cache_implementation)
+        unknown = config.update(**options)
+        config.validate()
+    if unknown:
+        raise ConfigError(
+            f"trainer.generation_kwargs.{next(iter(unknown))} is no option of transformers.GenerationConfig."
+            f"{did_you_mean(next(iter(unknown)), list(config.to_dict()))}"
+        )
 
 
 @contextmanager

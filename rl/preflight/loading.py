@@ -31,6 +31,15 @@ _FLASH = {
 def check_model(cfg: DictConfig, section: Section, config: PretrainedConfig) -> None:
     """Note why this model cannot be loaded or adapted as ``cfg`` says."""
     section.attempt(check_attention, cfg.model, config)
+    if cfg.trainer.get("router_aux_loss_coef") and not hasattr(config.get_text_config(), "output_router_logits"):
+        section.error(
+            f"trainer.router_aux_loss_coef={cfg.trainer.router_aux_loss_coef} is for mixtures of experts, which model.path={cfg.model.path} "
+            "is not. Leave it null."
+        )
+    if cfg.peft and cfg.trainer.get("sync_ref_model"):
+        section.error(
+            "trainer.sync_ref_model=true: with adapters the reference is the model without them. Leave it false."
+        )
     adapters = section.attempt(build.peft_config, cfg)
     if adapters is not None:
         section.attempt(check_adapters, config, adapters)
@@ -53,8 +62,8 @@ def check_quantization(cfg: DictConfig) -> None:
     compute, storage = q.get("bnb_4bit_compute_dtype"), q.get("bnb_4bit_quant_storage")
     if zero_stage(cfg) == 3 and compute != storage:
         raise ConfigError(
-            f"model.quantization.bnb_4bit_quant_storage={storage} and bnb_4bit_compute_dtype={compute} differ; ZeRO-3 shards weights "
-            "of one dtype only. Set both to bfloat16."
+            f"model.quantization.bnb_4bit_quant_storage={storage} and bnb_4bit_compute_dtype={compute} differ; PEFT supports ZeRO-3 "
+            "only where they are equal. Set both to bfloat16."
         )
     if cfg.rollout.backend == "vllm":
         raise ConfigError(

@@ -17,7 +17,7 @@ from rl.config import compose, gate_order, reward_gates
 from rl.errors import ConfigError, MissingError
 from rl.eval_run import check_engine
 from rl.groups import run_facts, trained_of_group
-from rl.options import batch_algebra, check_optimizer, trainer_flaws
+from rl.options import batch_algebra, check_generation, check_optimizer, trainer_flaws
 from rl.paths import find_model
 from rl.pipeline import Pipeline
 from rl.preflight.loading import check_quantization
@@ -101,6 +101,8 @@ def check_settings(cfg: DictConfig, section: Section) -> tuple[Pipeline | None, 
         section.attempt(build.check_backend, cfg.rollout.backend, args)
         check_vllm(section, cfg, args, world())
         section.attempt(check_optimizer, args)
+        if not args.use_vllm:
+            section.attempt(check_generation, args)
         section.attempt(trained_of_group, cfg.rollout.train_share, args)
     return pipeline, args
 

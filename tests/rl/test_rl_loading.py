@@ -1,7 +1,5 @@
 """What is found about a model before its weights are loaded: quantisation, attention, adapters."""
 
-from types import SimpleNamespace
-
 import pytest
 from peft import IA3Config, LoraConfig, PromptTuningConfig
 
@@ -45,17 +43,29 @@ def test_weights_of_four_bits_are_not_trained():
 
 
 def test_a_checkpoint_that_is_quantised_already_is_not_trained(config):
-    quantised = SimpleNamespace(quantization_config={"bits": 4}, dtype=config.dtype)
+    quantised = model_config(find_model("builtin:countdown"), compose())
+    quantised.quantization_config = {"bits": 4}
     section = Section("model")
     check_model(compose(["model.attn_implementation=null"]), section, quantised)
     assert "holds quantised weights, which cannot be trained" in section.errors[0]
+
+
+def test_options_that_this_model_has_no_use_for(config):
+    section = Section("model")
+    check_model(compose(["trainer.router_aux_loss_coef=0.1"]), section, config)
+    check_model(compose(["peft=lora", "trainer.sync_ref_model=true", "trainer.beta=0.1"]), section, config)
+    assert [error.partition("=")[0] for error in section.errors] == [
+        "trainer.router_aux_loss_coef",
+        "trainer.sync_ref_model",
+    ]
 
 
 def test_what_qlora_does_not_go_with():
     zero3 = "+engine.deepspeed={zero_optimization: {stage: 3}}"
     check_quantization(compose(["peft=qlora", zero3]))
     with pytest.raises(
-        ConfigError, match="bnb_4bit_quant_storage=uint8 and bnb_4bit_compute_dtype=bfloat16 differ; ZeRO-3"
+        ConfigError,
+        match="bnb_4bit_quant_storage=uint8 and bnb_4bit_compute_dtype=bfloat16 differ; PEFT supports ZeRO-3",
     ):
         check_quantization(compose(["peft=qlora", zero3, "model.quantization.bnb_4bit_quant_storage=uint8"]))
     check_quantization(compose(["peft=qlora", "model.quantization.bnb_4bit_quant_storage=uint8"]))

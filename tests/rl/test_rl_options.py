@@ -5,7 +5,7 @@ import pytest
 from rl.build import grpo_config
 from rl.config import compose
 from rl.errors import ConfigError
-from rl.options import check_optimizer, trainer_flaws
+from rl.options import check_generation, check_optimizer, trainer_flaws
 
 
 def flaws(*overrides):
@@ -45,6 +45,8 @@ def test_the_default_has_none():
         ("log_level=loud", "=loud is not known. Expected one of: debug,"),
         ("seed=-1", "=-1 does not work. Expected a number of at least 0."),
         ("dataloader_prefetch_factor=2", "=2 needs workers. Set trainer.dataloader_num_workers=1 or more."),
+        ("sync_ref_model=true", "=true needs a reference model. Set trainer.beta above 0"),
+        ("debug=5", "=5 is a int. Expected a text."),
         ("eval_on_start=true", " is set by entrl itself: use eval.before."),
         ("model_init_kwargs={}", " is set by entrl itself: use model.dtype,"),
     ],
@@ -88,3 +90,16 @@ def test_the_optimizer_and_the_schedule_are_made_once_before_the_run(overrides, 
     else:
         with pytest.raises(ConfigError, match=message):
             check_optimizer(args)
+
+
+def test_what_generate_does_not_take():
+    def attempt(*overrides):
+        check_generation(grpo_config(compose(list(overrides)), "unused", [1.0]))
+
+    attempt("trainer.generation_kwargs={num_beams: 1}", "trainer.cache_implementation=static")
+    with pytest.raises(
+        ConfigError, match=r"trainer.generation_kwargs.num_beam is no option .* Did you mean num_beams\?"
+    ):
+        attempt("trainer.generation_kwargs={num_beam: 1}")
+    with pytest.raises(ConfigError, match="cannot be made: Invalid `cache_implementation`"):
+        attempt("trainer.cache_implementation=x")
