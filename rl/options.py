@@ -119,7 +119,7 @@ _RULES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
         (
             "weight_decay", "warmup_steps", "max_grad_norm", "beta", "top_k", "neftune_noise_alpha",
             "vllm_importance_sampling_clip_min", "dataloader_num_workers", "vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg",
-            "vespo_lambda_neg", "entropy_target", "entropy_coef_delta", "router_aux_loss_coef", "seed", "data_seed",
+            "vespo_lambda_neg", "entropy_target", "entropy_coef_delta", "router_aux_loss_coef", "data_seed",
         ),
     ),
     ("at least 0 and below 1", lambda x: 0 <= x < 1, ("adam_beta1", "adam_beta2", "label_smoothing_factor")),

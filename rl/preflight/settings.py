@@ -120,7 +120,11 @@ def _check_kinds(cfg: DictConfig, section: Section) -> None:
     for key in _FLAGS:
         if not isinstance(value := OmegaConf.select(cfg, key), bool):
             section.error(f"{key}={value} is neither true nor false.")
-    for key in ("seed", "eval.seed"):
+    for key in (
+        ("seed", "eval.seed")
+        if cfg.trainer.get("seed", cfg.seed) == cfg.seed
+        else ("seed", "eval.seed", "trainer.seed")
+    ):
         section.attempt(build.check_seed, key, OmegaConf.select(cfg, key))
     for key in ("run.dir", "run.name", "model.path"):
         value = OmegaConf.select(cfg, key)

@@ -43,7 +43,6 @@ def test_the_default_has_none():
         ("torch_compile_mode=fast", "=fast is not known. Expected one of: default,"),
         ("gradient_checkpointing=true", " is set by entrl itself: use its new name, trainer.activation_checkpointing."),
         ("log_level=loud", "=loud is not known. Expected one of: debug,"),
-        ("seed=-1", "=-1 does not work. Expected a number of at least 0."),
         ("dataloader_prefetch_factor=2", "=2 needs workers. Set trainer.dataloader_num_workers=1 or more."),
         ("sync_ref_model=true", "=true needs a reference model. Set trainer.beta above 0"),
         ("debug=5", "=5 is a int. Expected a text."),
