@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
 from importlib.util import find_spec
@@ -17,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerState,
@@ -105,8 +109,9 @@ def tokenizer(path: str, model: DictConfig) -> PreTrainedTokenizerBase:
 
 
 def language_model(path: str, model: DictConfig) -> PreTrainedModel:
-    """The weights of a model, on the GPU when there is one."""
+    """The weights of a model, on the GPU when there is one; linear layers but the head in 4 bits where it says so."""
     check_dtype(model)
+    quantized = quantization(model)
     dtype = model.dtype if torch.cuda.is_available() else "float32"  # bf16 on a CPU is slow and inexact
     found = pretrained(
         AutoModelForCausalLM,
@@ -115,9 +120,35 @@ def language_model(path: str, model: DictConfig) -> PreTrainedModel:
         trust_remote_code=model.trust_remote_code,
         dtype=dtype,
         attn_implementation=model.attn_implementation,
+        **({} if quantized is None else {"quantization_config": quantized}),
     )
+    if quantized is not None:  # its weights are where they belong already
+        return _without_packing(found)
     parted = any(hasattr(p, "ds_id") for p in found.parameters())  # by ZeRO-3, on the GPU already
     return found.to("cuda") if torch.cuda.is_available() and not parted else found
+
+
+def _without_packing(model: PreTrainedModel) -> PreTrainedModel:
+    """bitsandbytes 0.50 repacks weights at the first sampling on CPUs with AVX512-BF16; from then on they pass no gradient."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def quantization(model: DictConfig) -> BitsAndBytesConfig | None:
+    """How weights are quantised as they are loaded, None for not at all.
+
+    Raises:
+        ConfigError: bitsandbytes is missing, or options it does not have.
+    """
+    if model.quantization is None:
+        return None
+    if find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            'model.quantization (peft=qlora) needs bitsandbytes. Run pip install "entrl[qlora]", or use peft=lora.'
+        )
+    return make("model.quantization", model.quantization)
 
 
 def check_dtype(model: DictConfig) -> None:
@@ -175,7 +206,7 @@ def probe_rewards(functions: Sequence[Checked | Once | Gated], rows: Sequence[di
     """Call each reward once on empty completions of one prompt, so that a broken one fails before the run starts.
 
     Raises:
-        RewardError: what the reward did wrong.
+        RewardError: what the reward did wrong, or it took more than a minute.
     """
     row = rows[0]
     columns = {name: [value] * group for name, value in row.items() if name != "prompt"}
@@ -183,7 +214,40 @@ def probe_rewards(functions: Sequence[Checked | Once | Gated], rows: Sequence[di
     chat = not isinstance(row["prompt"], str)
     completions = [[{"role": "assistant", "content": ""}]] * group if chat else [""] * group
     for function in functions:
-        function([row["prompt"]] * group, completions, **columns)
+        try:
+            with _at_most(_PROBE):
+                function([row["prompt"]] * group, completions, **columns)
+        except _TooLong:
+            raise RewardError(
+                f"reward.{function.__name__} has not answered within {_PROBE:g} s for {group} empty completions. Does it wait for a "
+                "server, or download something?"
+            ) from None
+
+
+_PROBE = 60.0  # seconds
+
+
+class _TooLong(BaseException):
+    """Not an Exception, so that no reward takes it for one of its own."""
+
+
+@contextmanager
+def _at_most(seconds: float) -> Iterator[None]:
+    """Raise _TooLong inside the context after so many seconds, where this is the main thread: others get no signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        raise _TooLong
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 class _Planned(GRPOConfig):
@@ -231,12 +295,13 @@ def grpo_config(cfg: DictConfig, output_dir: str, weights: list[float], world: i
             save_strategy="no",  # checkpoint.every decides
             **options,
         )
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"trainer: TRL refuses these options: {str(error).strip().splitlines()[0]}") from error
+    except Exception as error:  # an odd value may break anything in there
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"trainer: TRL refuses these options: {reason}") from error
 
 
-def check_backend(backend: str, args: GRPOConfig) -> None:
-    """Raise ConfigError for a backend that is unknown, contradicts TRL's options or is not installed."""
+def check_backend(backend: str, args: GRPOConfig, here: bool = True) -> None:
+    """Raise ConfigError for a backend that is unknown, contradicts TRL's options or, where the run will be here, is not installed."""
     if backend not in _BACKENDS:
         raise ConfigError(f"rollout.backend={backend} is not known. Expected one of: {', '.join(_BACKENDS)}.")
     if (backend == "vllm") != args.use_vllm:
@@ -244,7 +309,7 @@ def check_backend(backend: str, args: GRPOConfig) -> None:
             f"rollout.backend={backend} and trainer.use_vllm={args.use_vllm} contradict each other. "
             "Choose with rollout=hf, native, vllm_colocate or vllm_server."
         )
-    if backend == "vllm" and find_spec("vllm") is None:
+    if here and backend == "vllm" and find_spec("vllm") is None:
         raise ConfigError(
             'rollout.backend=vllm: vLLM is not installed. Run pip install "entrl[vllm]", or use rollout=hf.'
         )

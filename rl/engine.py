@@ -67,7 +67,9 @@ def engine(cfg: DictConfig, here: bool = True) -> Engine:
         ConfigError: numbers that do not work, DeepSpeed missing or without a ZeRO stage.
     """
     node = cfg.engine
-    gpus = torch.cuda.device_count() if here else gpus_per_node(cfg)
+    gpus, server = torch.cuda.device_count() if here else gpus_per_node(cfg), cfg.rollout.get("server")
+    if here and server is not None and server.launch is True and isinstance(server.gpus, int):
+        gpus = max(0, gpus - server.gpus)  # the rest is vLLM's
     processes = node.processes
     if processes is None:
         if not gpus:

@@ -52,6 +52,10 @@ class SeamError(EntrlError, ImportError):
     """An installed TRL that entrl's seam was not tested against."""
 
 
+class ServerError(EntrlError, RuntimeError):
+    """A vLLM server that does not start or does not stay."""
+
+
 def user_errors() -> tuple[type[Exception], ...]:
     """Every error that is the user's to mend, those of the other packages included."""
     from data.errors import DataError

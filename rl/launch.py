@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import yaml
@@ -29,30 +29,45 @@ def main(argv: Sequence[str]) -> int:
     """Run the folder named on the command line to its end; the exit code is the run's."""
     folder = Path(argv[0])
     try:
-        engine = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["engine"]
+        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        engine, server = config["engine"], config["rollout"].get("server")
+        processes, nodes, threads = engine["processes"], engine["nodes"], engine["threads"]
     except (OSError, KeyError, TypeError, yaml.YAMLError) as error:
         raise CheckpointError(f"{folder} is no run folder: config.yaml cannot be read ({error}).") from error
-    if engine["nodes"] > 1:
+    if nodes > 1:
         raise CheckpointError(
-            f"{folder} is for {engine['nodes']} nodes, and this starts processes on one. Use entrl slurm submit, or on every node: torchrun "
-            f"--nnodes {engine['nodes']} --nproc-per-node {engine['processes']} --rdzv-endpoint HOST:PORT -m rl.rank {folder}."
+            f"{folder} is for {nodes} nodes, and this starts processes on one. Use entrl slurm submit, or on every node: torchrun "
+            f"--nnodes {nodes} --nproc-per-node {processes} --rdzv-endpoint HOST:PORT -m rl.rank {folder}."
         )
-    if engine["processes"] == 1:
+    if server is not None:
+        return _beside_a_server(folder, processes, threads)
+    if processes == 1:
         from rl.rank import main as rank
 
         return rank([str(folder)])
-    return Launcher(folder, engine["processes"], engine["threads"]).run()
+    return Launcher(folder, processes, threads).run()
+
+
+def _beside_a_server(folder: Path, processes: int, threads: int | None) -> int:
+    """The ranks, once vLLM's server answers; a server that was started for them ends with them."""
+    from omegaconf import OmegaConf
+
+    from rl.server import server_of, serving
+
+    with serving(server_of(OmegaConf.load(folder / "config.yaml")), folder / "logs" / "server.log") as environment:
+        return Launcher(folder, processes, threads, environment).run()
 
 
 class Launcher:
     """``processes`` ranks on this machine.
 
     Args:
-        threads: CPU threads of each rank; None shares the cores among them.
+        threads: CPU threads of each rank; None shares the cores among them. environment: what the ranks get beside this process's.
     """
 
-    def __init__(self, folder: Path, processes: int, threads: int | None):
+    def __init__(self, folder: Path, processes: int, threads: int | None, environment: Mapping[str, str] | None = None):
         self.folder, self.processes, self.threads = folder, processes, threads
+        self.environment = dict(environment or {})
         self.ranks: list[subprocess.Popen] = []
         self.interrupted = False
         self.ended: set[int] = set()  # ranks that this launcher has ended itself
@@ -76,7 +91,7 @@ class Launcher:
 
     def _start(self, rank: int, port: int) -> subprocess.Popen:
         places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self.processes, "LOCAL_WORLD_SIZE": self.processes}
-        environ = {**os.environ, **{name: str(value) for name, value in places.items()}}
+        environ = {**os.environ, **self.environment, **{name: str(value) for name, value in places.items()}}
         environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ENTRL_LAUNCHER": str(os.getpid())}
         environ["PYTHONSAFEPATH"] = "1"  # a folder called data where the run was started would hide ours
         threads = self.threads or max(1, (os.cpu_count() or 1) // self.processes)

@@ -6,7 +6,7 @@ were measured. The peak is the largest of three moments, because nothing is samp
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -29,12 +29,15 @@ _FRAMEWORK_CUDA = 1 * GIB  # context, libraries and their workspaces; not measur
 _SLAB, _FORMED = 64 * MIB, 256 * MIB  # buffers of rl.head
 _GPU_TILE = (4096, 32768)  # tokens and words of TRL's kernel (rl.kernel)
 _KL_TILES, _KL_TILE = 8, 64 * MIB  # backward of the full-vocabulary KL: logits, logp, gradients of rl.scoring's tile
+_QLORA_BITS = (
+    4 + (8 + 32 / 256) / 64
+)  # configs/peft/qlora.yaml: a scale of 8 bits for 64 weights, and one for 256 scales
 _CLOSE = 0.9  # of what is available: above that a run is not said to fit
 
 # what is held when, beside what is always held
 _PHASES = {
-    "rollout": ("KV cache", "sampling", "gathered weights"),
-    "forward/backward": ("activations", "loss", "accumulated gradients", "DDP buckets"),
+    "rollout": ("KV cache", "sampling", "gathered weights", "a dequantised layer"),
+    "forward/backward": ("activations", "loss", "accumulated gradients", "DDP buckets", "a dequantised layer"),
     "update": ("gradients", "DDP buckets"),
 }
 _ALWAYS = ("framework", "weights", "adapters", "reference weights", "optimizer state", "rollout buffer", "vLLM")
@@ -61,6 +64,7 @@ class _Run:
     optim: str
     lora_rank: int
     lora_targets: str | tuple[str, ...]
+    linear_bits: float
     beta: float
     full_kl: bool
     world: int
@@ -163,6 +167,7 @@ def estimate(
     optim: str = "adamw_torch_fused",
     lora_rank: int = 0,
     lora_targets: str | Sequence[str] = "all-linear",
+    linear_bits: float = 0.0,
     beta: float = 0.0,
     full_kl: bool = False,
     world: int = 1,
@@ -181,7 +186,8 @@ def estimate(
         dtype: of the weights as loaded; AdamW's states have it too. autocast: ``trainer.bf16``.
         attention: ``attn_implementation``; eager keeps (heads, T, T) scores. padded: prompts or completions differ in length,
             which makes sdpa keep a (T, T) mask for each layer.
-        lora_rank: 0 for full fine-tuning. full_kl: a plug-in needs the full-vocabulary KL to the reference.
+        lora_rank: 0 for full fine-tuning. linear_bits: of a weight of a linear layer but the head with its scales, where weights
+            are quantised (:func:`quantized_bits`); 0 where they are not. full_kl: a plug-in needs the full-vocabulary KL to the reference.
         zero_stage: of DeepSpeed, 0 for none; 1 to 3 shard optimizer state and fp32 weights, gradients, weights over ``world``.
         offload: DeepSpeed keeps the optimizer state in RAM.
 
@@ -210,10 +216,19 @@ def estimate(
         _Run(
             config=config, rollout=rollout, device=device, dtype=dtype, autocast=autocast, attention=attention,
             padded=padded, checkpointing=checkpointing, optim=optim, lora_rank=lora_rank, lora_targets=targets,
-            beta=beta, full_kl=full_kl, zero_stage=zero_stage, offload=offload, machine=machine,
+            linear_bits=linear_bits, beta=beta, full_kl=full_kl, zero_stage=zero_stage, offload=offload, machine=machine,
             vllm_gpu_memory_utilization=vllm_gpu_memory_utilization, **counts,
         )
     )  # fmt: skip
+
+
+def quantized_bits(options: Mapping[str, Any] | None) -> float:
+    """Bits of a weight that bitsandbytes quantises with ``options`` (of BitsAndBytesConfig), scales included; 0 for None."""
+    if options is None:
+        return 0.0
+    if not options.get("load_in_4bit"):
+        return 8.0  # and a scale for a row
+    return _QLORA_BITS if options.get("bnb_4bit_use_double_quant") else 4 + 32 / 64
 
 
 def _estimate(run: _Run) -> MemoryEstimate:
@@ -238,22 +253,25 @@ def _model_items(run: _Run, size: Sizes, adapters: int) -> tuple[dict[str, int],
     """Weights, gradients and optimizer state of one process, and what is in RAM instead."""
     n, w, ranks = size.parameters, run.width, run.world if run.zero_stage else 1
     trained = adapters or n
-    adapter_width = w if run.zero_stage == 3 else 4  # peft makes adapters in fp32, TRL turns that off for ZeRO-3 only
+    # peft makes adapters in fp32; TRL turns that off for ZeRO-3, and casts them to bf16 over quantised weights
+    adapter_width = 2 if run.linear_bits else w if run.zero_stage == 3 else 4
     g = adapter_width if adapters else w
     state = optimizer_bytes(trained, g, run.optim, run.zero_stage, run.world)
     gradients = trained * g // (ranks if run.zero_stage >= 2 else 1)
     part = ranks if run.zero_stage == 3 else 1
     copies = 0 if adapters else n * w // part * (run.beta != 0) + n * w * run.full_kl
+    weights = n * w if not run.linear_bits else (n - size.linear) * w + int(size.linear * run.linear_bits / 8)
     gpu = run.machine.gpu_total if run.rollout == "vllm_colocate" else 0
     items = {
-        "weights": n * w // part,
+        "weights": weights // part,
+        "a dequantised layer": size.hidden * size.intermediate * run.compute_width if run.linear_bits else 0,
         "adapters": adapters * adapter_width // part,
         "reference weights": copies,
         "optimizer state": 0 if run.offload else state,
         "gradients": gradients,
         "accumulated gradients": gradients if run.accumulation > 1 else 0,
         "DDP buckets": trained * g if run.world > 1 and not run.zero_stage else 0,
-        "gathered weights": 0 if run.rollout.startswith("vllm") else n * w - n * w // part,
+        "gathered weights": 0 if run.rollout.startswith("vllm") else weights - weights // part,
         "vLLM": int(run.vllm_gpu_memory_utilization * gpu),
     }
     return items, {"offloaded optimizer state": state if run.offload else 0}
@@ -340,6 +358,8 @@ def _knobs(found: MemoryEstimate) -> Iterator[tuple[str, _Run]]:
         yield f"trainer.steps_per_generation={steps}", replace(run, sequences=run.sequences // 2)
     if not run.lora_rank:
         yield "peft=lora", replace(run, lora_rank=16)
+    if not run.linear_bits and run.device == "cuda" and not run.rollout.startswith("vllm"):
+        yield "peft=qlora", replace(run, lora_rank=run.lora_rank or 16, linear_bits=_QLORA_BITS)
     if run.world > 1 and run.zero_stage < 3:
         yield "ZeRO stage 3", replace(run, zero_stage=3)
     if run.beta and not run.lora_rank:

@@ -21,6 +21,7 @@ class Sizes:
 
     parameters: int
     embedding: int  # parameters of the embedding
+    linear: int  # parameters of the linear layers but the head, which is what bitsandbytes quantises
     layers: int
     hidden: int
     intermediate: int  # of all experts that one token visits
@@ -38,13 +39,18 @@ def sizes(config: Any) -> Sizes:
         ConfigError: not the configuration of a causal language model.
     """
     text = config.get_text_config()
-    model = _on_meta(config)
+    model = on_meta(config)
     heads = text.num_attention_heads
     experts = getattr(text, "num_experts_per_tok", None) if getattr(text, "moe_intermediate_size", None) else None
     wide = experts * text.moe_intermediate_size if experts else getattr(text, "intermediate_size", None)
     return Sizes(
         parameters=sum(p.numel() for p in model.parameters()),
         embedding=model.get_input_embeddings().weight.numel(),
+        linear=sum(
+            m.weight.numel()
+            for m in model.modules()
+            if isinstance(m, torch.nn.Linear) and m is not model.get_output_embeddings()
+        ),
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
         intermediate=wide or 4 * text.hidden_size,  # GPT-2 leaves it open
@@ -65,7 +71,7 @@ def lora_parameters(config: Any, rank: int, targets: str | Sequence[str] = "all-
     chosen = targets if isinstance(targets, str) else list(targets)
     try:
         with torch.device("meta"):
-            model = get_peft_model(_on_meta(config), LoraConfig(r=rank, target_modules=chosen, task_type="CAUSAL_LM"))
+            model = get_peft_model(on_meta(config), LoraConfig(r=rank, target_modules=chosen, task_type="CAUSAL_LM"))
     except ValueError as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise ConfigError(f"peft: r={rank}, target_modules={chosen} does not work: {reason}.") from error
@@ -74,7 +80,7 @@ def lora_parameters(config: Any, rank: int, targets: str | Sequence[str] = "all-
 
 
 @contextmanager
-def _without_zero3() -> Iterator[None]:
+def without_zero3() -> Iterator[None]:
     """In a rank of ZeRO-3 transformers would spread the weights of every model it makes, and there are none on meta."""
     active = hf_deepspeed._hf_deepspeed_config_weak_ref
     hf_deepspeed._hf_deepspeed_config_weak_ref = None
@@ -84,9 +90,14 @@ def _without_zero3() -> Iterator[None]:
         hf_deepspeed._hf_deepspeed_config_weak_ref = active
 
 
-def _on_meta(config: Any) -> torch.nn.Module:
+def on_meta(config: Any) -> torch.nn.Module:
+    """The causal language model of a configuration, without memory for its weights.
+
+    Raises:
+        ConfigError: it has none.
+    """
     try:
-        with torch.device("meta"), _without_zero3():
+        with torch.device("meta"), without_zero3():
             return AutoModelForCausalLM.from_config(config)
     except (ValueError, AttributeError) as error:
         reason = str(error).splitlines()[0].rstrip(".")

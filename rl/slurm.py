@@ -9,12 +9,14 @@ import string
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from omegaconf import DictConfig
 
 from rl.errors import ConfigError
-from rl.paths import find_model, slurm_dir
+from rl.paths import slurm_dir
+from rl.server import server_of
 from rl.slurm_site import check, directive, lines
 
 
@@ -62,7 +64,7 @@ def _values(cfg: DictConfig, name: str, log: Path) -> dict[str, str]:
 
     check(cfg)
     node, found = cfg.slurm, engine(cfg, here=False)
-    serves = cfg.trainer.get("use_vllm") and cfg.trainer.vllm_mode == "server"
+    serves = server_of(cfg)
     cpus = node.cpus_per_task
     python = shlex.quote(node.python or ("python" if node.container else sys.executable))
     if node.container:
@@ -84,11 +86,12 @@ def _values(cfg: DictConfig, name: str, log: Path) -> dict[str, str]:
         "server": "",
     }
     if serves:
+        # on a node of its own, so it listens there for the others
+        everywhere = replace(serves, host="0.0.0.0", url=f"http://0.0.0.0:{serves.port}")
         server = {
             "server_options": f"--cpus-per-task={cpus * found.processes}" if cpus else "",
-            "server_args": " ".join(shlex.quote(str(a)) for a in node.server_args),
-            "model": shlex.quote(find_model(cfg.model.path)),
-            "port": str(cfg.trainer.vllm_server_port),
+            "serve": shlex.join(everywhere.command()[1:]),
+            "port": str(everywhere.port),
         }
         values["server"] = _fill("server.sh", {**values, **server})
     values["body"] = _fill("body.sh", values)

@@ -43,7 +43,7 @@ def check(cfg: DictConfig) -> None:
             f"slurm.time={node.time} leaves no time to train: the run stops up to {node.signal_seconds + 60} s before that. "
             "Give more time, or a smaller slurm.signal_seconds."
         )
-    for key in ("modules", "setup", "extra", "server_args"):
+    for key in ("modules", "setup", "extra"):
         _expect(key, node[key], _is_lines, "a list of texts, as ['one', 'two']")
     for key in ("container", "python"):
         _expect(key, node[key], lambda v: isinstance(v, str) and v.strip() and "\n" not in v, "one line of text")

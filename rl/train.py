@@ -57,7 +57,7 @@ def run(cfg: DictConfig, overrides: Sequence[str], argv: Sequence[str]) -> Path 
     if folder is not None:
         return resume(folder, cfg.trainer.max_steps)
     found = engine(cfg)
-    in_place = found.world == 1 and found.deepspeed is None
+    in_place = _in_place(cfg)
     build.use_threads(cfg.engine.threads)
     ready = check(cfg)
     set_seed(cfg.seed)
@@ -90,11 +90,16 @@ def resume(folder: Path, max_steps: int | None = None) -> Path:
     if state(folder) == "done" and _steps(folder) >= (max_steps or cfg.trainer.max_steps):
         print(f"{folder} is finished: {_steps(folder)} steps. Nothing to do.")
         return folder
-    if cfg.engine.processes * cfg.engine.nodes > 1 or cfg.engine.deepspeed:
+    if not _in_place(cfg):
         _become_the_launcher(folder)
     with StopSignal() as stop, attempt(folder, 0, redirect=False):
         work(folder, stop)
     return folder
+
+
+def _in_place(cfg: DictConfig) -> bool:
+    """Whether the run is this very process: one, without DeepSpeed's environment and without a server beside it."""
+    return engine(cfg).world == 1 and not cfg.engine.deepspeed and cfg.rollout.get("server") is None
 
 
 def _steps(folder: Path) -> int:

@@ -32,6 +32,14 @@ def test_a_broken_reward_is_found_before_anything_is_written(tmp_path, monkeypat
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_reward_that_hangs_is_found_before_anything_is_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("rl.build._PROBE", 0.2)
+    override = rewards_of(tmp_path, monkeypatch, "__import__('time').sleep(300)", "r_hangs")
+    sentence = fails(capsys, "train", *SMALL, f"run.dir={tmp_path}/runs", override)
+    assert "reward.correct has not answered within 0.2 s for 8 empty completions" in sentence
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_reward_that_breaks_later_leaves_a_failed_run_that_says_why(tmp_path, monkeypatch, capsys):
     override = rewards_of(tmp_path, monkeypatch, "[float('nan') if c else 0.0 for c in completions]", "r_late")
     sentence = fails(capsys, "train", *SMALL, "eval.before=false", f"run.dir={tmp_path}/runs", "run.name=x", override)
@@ -80,6 +88,7 @@ def test_a_reward_that_breaks_later_leaves_a_failed_run_that_says_why(tmp_path, 
         (["trainer.repetition_penalty=1.1"], "rollout=native does not know trainer.repetition_penalty"),
         (["trainer.use_vllm=true"], "contradict each other"),
         (["seed=-1"], "seed=-1 is no seed"),
+        (["trainer.seed=-1"], "trainer.seed=-1 is no seed"),
         (["eval.seed=-1"], "eval.seed=-1 is no seed"),
         (["run.name=1234"], "run.name=1234 is no text"),
         (["run.name=.."], "run.name=.. is no name of a folder"),
@@ -90,6 +99,13 @@ def test_a_reward_that_breaks_later_leaves_a_failed_run_that_says_why(tmp_path, 
         (["trainer.top_p=2"], "trainer.top_p=2 does not work"),
         (["engine.threads=-1"], "engine.threads=-1 does not work"),
         (["data=jsonl", "data.path="], "is no path"),
+        (["trainer.learning_rate=1e400"], "trainer.learning_rate=inf does not work"),
+        (["trainer.adam_beta1=0"], "trainer.optim=adamw_torch_fused cannot be made"),
+        (["trainer.generation_kwargs={num_beam: 1}"], "trainer.generation_kwargs.num_beam is no option"),
+        (["trainer.accelerator_config={split_batch: true}"], "trainer: TRL refuses these options"),
+        (["peft=lora", "peft.r=0"], "peft.r=0 does not work"),
+        (["peft=lora", "peft.target_modules=[nothing]"], "not found in the base model"),
+        (["model.attn_implementation=flash"], "model.attn_implementation=flash is not known"),
     ],
     ids=str,
 )

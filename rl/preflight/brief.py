@@ -15,6 +15,7 @@ from rl.options import BatchAlgebra, batch_algebra
 from rl.pipeline import Pipeline
 from rl.preflight import settings, tasks
 from rl.preflight.doctor import check_memory, context_of, model_config
+from rl.preflight.loading import check_model
 from rl.preflight.report import Section
 from rl.problems import Problems
 
@@ -59,6 +60,8 @@ def before_training(cfg: DictConfig, new: bool = True) -> Ready:
         settings.check_batch(cfg, section, pipeline, args)
     path, tokenizer = settings.model_path(cfg, section)
     config = None if path is None else section.attempt(model_config, path, cfg)
+    if config is not None:
+        check_model(cfg, section, config)
     found = None if tokenizer is None else tasks.check_data(cfg, tokenizer, section)
     functions = None
     if found is not None and algebra is not None:

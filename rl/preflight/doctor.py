@@ -14,10 +14,11 @@ from trl import GRPOConfig
 from rl import build
 from rl.engine import engine
 from rl.machine import machine
-from rl.memory import estimate
+from rl.memory import estimate, quantized_bits
 from rl.options import batch_algebra
 from rl.pipeline import Pipeline
 from rl.preflight import environment, settings, tasks
+from rl.preflight.loading import check_model
 from rl.preflight.report import Report, Section
 from rl.preflight.sampling import check_rollouts
 from rl.quiet import quiet
@@ -42,6 +43,7 @@ def examine(overrides: Sequence[str], config_dir: str | None, rollouts: int) -> 
         path, tokenizer = settings.model_path(cfg, section)
         config = None if path is None else section.attempt(model_config, path, cfg)
         if config is not None:
+            check_model(cfg, section, config)
             size = sizes(config)
             section.fact(
                 f"{cfg.model.path}, {size.parameters / 1e6:,.1f} M parameters, {context_of(config) or 'unknown'} tokens of context"
@@ -125,6 +127,7 @@ def check_memory(
         optim=getattr(args.optim, "value", args.optim),
         lora_rank=lora.r if lora else 0,
         lora_targets=lora.target_modules if lora else "all-linear",
+        linear_bits=quantized_bits(cfg.model.quantization),
         beta=args.beta,
         full_kl="full_kl" in pipeline.needs,
         world=found_engine.world,

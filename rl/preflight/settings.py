@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from rl.engine import check_gpus, engine
 from rl.errors import ConfigError, MissingError
 from rl.eval_run import check_engine
 from rl.groups import run_facts, trained_of_group
-from rl.options import batch_algebra, trainer_flaws
+from rl.options import batch_algebra, check_generation, check_optimizer, trainer_flaws
 from rl.paths import find_model
 from rl.pipeline import Pipeline
+from rl.preflight.loading import check_quantization
 from rl.preflight.report import Section
+from rl.preflight.vllm_options import check_vllm
 from rl.testing import batch_from_logits
 from rl.tracking import resolve_mode
 
@@ -88,18 +91,36 @@ def check_settings(
     section.attempt(resolve_mode, cfg.logger.mode)
     section.attempt(build.check_dtype, cfg.model)
     section.attempt(build.peft_config, cfg)
+    section.attempt(build.quantization, cfg.model)
+    section.attempt(check_quantization, cfg)
     section.attempt(build.use_threads, cfg.engine.threads)
     section.attempt(build.checkpoints, cfg, Path(cfg.run.dir))
     _check_kinds(cfg, section)
     if new and isinstance(cfg.run.name, str):
         section.attempt(rundir.check_free, Path(cfg.run.dir), cfg.run.name, cfg.run.overwrite)
-    if here and cfg.trainer.get("bf16") and not torch.cuda.is_available():
-        section.error("trainer.bf16=true needs a GPU that was not found. Leave it null: on with a GPU, off without.")
-    if section.errors:
+    for half in ("bf16", "fp16"):
+        if here and cfg.trainer.get(half) and not torch.cuda.is_available():
+            section.error(
+                f"trainer.{half}=true needs a GPU that was not found. Leave bf16 null: on with a GPU, off without."
+            )
+    if cfg.trainer.get("use_liger_kernel") and find_spec("liger_kernel") is None:
+        section.error(
+            "trainer.use_liger_kernel=true: liger-kernel is not installed. Run pip install liger-kernel, or leave it false."
+        )
+    if section.errors or found is None:
         return pipeline, None
     args = section.attempt(build.grpo_config, cfg, str(Path(cfg.run.dir) / "unused"), _weights(cfg), world(cfg))
     if args is not None:
-        section.attempt(build.check_backend, cfg.rollout.backend, args)
+        section.attempt(build.check_backend, cfg.rollout.backend, args, here)
+        check_vllm(section, cfg, args, found, launching=new and here)
+        section.attempt(check_optimizer, args)
+        if not args.use_vllm:
+            section.attempt(check_generation, args)
+        if "full_kl" in pipeline.needs and found.stage == 3:
+            section.error(
+                "A plug-in needs the full-vocabulary KL (plugin.entropy_band.kl_coef above 0), which ZeRO-3 cannot give. Use engine=zero2, or "
+                "set kl_coef=0 and use trainer.beta for TRL's sampled KL."
+            )
         section.attempt(trained_of_group, cfg.rollout.train_share, args)
     return pipeline, args
 
@@ -117,7 +138,11 @@ def _check_kinds(cfg: DictConfig, section: Section) -> None:
     for key in _FLAGS:
         if not isinstance(value := OmegaConf.select(cfg, key), bool):
             section.error(f"{key}={value} is neither true nor false.")
-    for key in ("seed", "eval.seed"):
+    for key in (
+        ("seed", "eval.seed")
+        if cfg.trainer.get("seed", cfg.seed) == cfg.seed
+        else ("seed", "eval.seed", "trainer.seed")
+    ):
         section.attempt(build.check_seed, key, OmegaConf.select(cfg, key))
     for key in ("run.dir", "run.name", "model.path"):
         value = OmegaConf.select(cfg, key)
@@ -161,11 +186,6 @@ def check_batch(cfg: DictConfig, section: Section, pipeline: Pipeline | None, ar
         return
     for advice in pipeline.check(run_facts(args, world(cfg))):
         section.advise(advice)
-    if cfg.rollout.backend == "vllm" and (cfg.trainer.top_p < 1 or args.top_k or args.min_p):
-        section.advise(
-            "trainer.top_p, top_k and min_p change what vLLM samples from but not the probabilities that TRL's importance "
-            "correction divides by. Leave them off, or set trainer.vllm_importance_sampling_correction=false."
-        )
 
 
 def check_plugins(section: Section, pipeline: Pipeline, on_policy: bool) -> None:

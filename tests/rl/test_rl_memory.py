@@ -19,7 +19,7 @@ from transformers import (
 
 from rl.errors import ConfigError
 from rl.machine import Machine, machine
-from rl.memory import estimate
+from rl.memory import estimate, quantized_bits
 from rl.sizes import activation_bytes, kv_cache_bytes, lora_parameters, optimizer_bytes, sizes
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -235,6 +235,31 @@ def test_lines_start_with_the_largest_and_add_up():
     )
 
 
+def test_quantised_weights_are_those_of_the_linear_layers_but_the_head():
+    size = sizes(SEVEN)
+    layer = 2 * 3584 * 3584 + 2 * 3584 * 512 + 3 * 3584 * 18944  # q and o, k and v, the MLP
+    assert size.linear == 28 * layer
+    bits = quantized_bits({"load_in_4bit": True, "bnb_4bit_use_double_quant": True})
+    assert bits == pytest.approx(4.127, abs=1e-3)  # QLoRA, arXiv:2305.14314, section 3: 0.127 bits for the scales
+    assert quantized_bits({"load_in_4bit": True}) == 4.5 and quantized_bits({"load_in_8bit": True}) == 8
+    assert quantized_bits(None) == 0
+    found = estimate(SEVEN, **BIG, lora_rank=16, linear_bits=bits)
+    plain = estimate(SEVEN, **BIG, lora_rank=16)
+    assert found.items["weights"] == 2 * (size.parameters - size.linear) + int(size.linear * bits / 8)
+    assert found.items["a dequantised layer"] == 2 * 3584 * 18944
+    assert 2 * found.items["adapters"] == plain.items["adapters"]  # bf16 over quantised weights
+    assert 2 * found.items["optimizer state"] == plain.items["optimizer state"]
+    assert plain.items["a dequantised layer"] == 0
+
+
+def test_qlora_is_advised_where_lora_does_not_suffice():
+    run = dict(BIG, micro_batch=1, sequences=16, completion_tokens=256, group=8, lora_rank=16, checkpointing=True)
+    found = estimate(SEVEN, **run, machine=gpu(16))
+    assert not found.fits() and found.advice().startswith("peft=qlora: ")
+    on_cpu = estimate(SEVEN, **dict(run, device="cpu", autocast=False), machine=gpu(16))
+    assert "qlora" not in on_cpu.advice()
+
+
 def test_advice_names_the_first_setting_that_makes_it_fit():
     base = {**BIG, "sequences": 128}
     assert estimate(config(), machine=gpu(80), **base).advice().startswith("It fits")
@@ -244,7 +269,14 @@ def test_advice_names_the_first_setting_that_makes_it_fit():
     eager = estimate(half, machine=gpu(20), attention="eager", checkpointing=True, **base)
     assert eager.advice().startswith("model.attn_implementation=sdpa")
     colocate = {"rollout": "vllm_colocate", "vllm_gpu_memory_utilization": 0.9, "checkpointing": True}
-    nothing = {"micro_batch": 1, "accumulation": 1, "prompt_tokens": 2048, "completion_tokens": 1, "lora_rank": 4}
+    nothing = {
+        "micro_batch": 1,
+        "accumulation": 1,
+        "prompt_tokens": 2048,
+        "completion_tokens": 1,
+        "lora_rank": 4,
+        "linear_bits": 4.5,
+    }
     stuck = estimate(SEVEN, machine=gpu(8), device="cuda", sequences=101, **nothing)
     assert stuck.peak_phase == "rollout" and stuck.advice().startswith("Nothing in the configuration lowers the peak")
     assert "trainer.vllm_gpu_memory_utilization=0.45" in estimate(half, machine=gpu(80), **colocate, **base).advice()

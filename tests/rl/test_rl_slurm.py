@@ -204,7 +204,7 @@ def test_a_vllm_server_gets_a_node_of_its_own(job):
     run = job()
     server = [
         "rollout=vllm_server",
-        "slurm.server_args=['--tensor-parallel-size=2']",
+        "rollout.server.gpus=2",
         f"trainer.vllm_server_port={free_ports(1)[0]}",
     ]
     number, log = start(run, "engine=single", "engine.processes=1", "engine.nodes=1", *server)
