@@ -218,6 +218,11 @@ class BatchAlgebra:
         return self.micro_batch * self.world * self.accumulation
 
     @property
+    def split_group(self) -> int:
+        """Completions of the group that two ranks share in a rollout, on one of them; 0 where every rank has whole groups."""
+        return self.micro_batch * self.steps_per_generation % self.group
+
+    @property
     def prompts_per_rollout(self) -> int:
         return self.completions_per_rollout // self.group
 

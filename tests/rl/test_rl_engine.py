@@ -1,14 +1,19 @@
 """Engines: what a configuration means, what a rank finds in its environment, what is refused."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 import yaml
+from omegaconf import OmegaConf
 
 from rl import engine as engines
+from rl import launch
 from rl.config import compose
 from rl.engine import Engine, check_gpus, engine, enter, take_place, whole
 from rl.errors import ConfigError
 from rl.paths import configs_dir
+from rl.preflight.brief import before_training
 
 
 def of(*overrides, here=True):
@@ -115,3 +120,47 @@ def test_whole_takes_hooks_away_for_the_time_being():
     assert not calls
     model(torch.ones(1, 2))
     assert calls == ["before"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        # 12 completions a rank, groups of 8
+        (["reward=[majority_vote]", "trainer.per_device_train_batch_size=12"], "the group is split over ranks"),
+        (["plugin=[entropy_band]", "engine=zero3", "plugin.entropy_band.kl_coef=0.1"], "which ZeRO-3 cannot give"),
+        (["trainer.per_device_train_batch_size=5"], "10 is not a multiple of 8"),
+    ],
+)
+def test_what_several_ranks_cannot_do_is_found_before_they_start(overrides, says):
+    cfg = compose(["engine=ddp", "engine.processes=2", "data.train.count=64", *overrides])
+    with pytest.raises(ConfigError, match=says):
+        before_training(cfg)
+
+
+def test_what_several_ranks_can_do_passes():
+    ready = before_training(compose(["engine=ddp", "engine.processes=2", "trainer.per_device_train_batch_size=4"]))
+    assert ready.algebra.completions_per_rollout == 8 and ready.args.world_size == 2  # one group on two ranks
+
+
+def test_ranks_get_what_the_server_leaves_them(tmp_path, monkeypatch):
+    """The launcher waits for vLLM's server, and hands its environment to the ranks."""
+    cfg = compose(["rollout=vllm_server", "engine=ddp", "engine.processes=2"])
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(cfg))
+    seen = []
+
+    @contextmanager
+    def serving(server, log):
+        seen.append((server.port, log.name))
+        yield {"CUDA_VISIBLE_DEVICES": "0,1"}
+        seen.append("ended")
+
+    monkeypatch.setattr("rl.server.serving", serving)
+    monkeypatch.setattr(launch.Launcher, "run", lambda self: seen.append((self.processes, self.environment)) or 85)
+    assert launch.main([str(tmp_path)]) == 85
+    assert seen == [(8000, "server.log"), (2, {"CUDA_VISIBLE_DEVICES": "0,1"}), "ended"]
+
+
+def test_the_servers_gpus_are_not_the_trainings(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    assert of("engine=zero2", "rollout=vllm_server", "rollout.server.gpus=2").processes == 6
+    assert of("engine=zero2", "rollout=vllm_server", "rollout.server.launch=false").processes == 8
