@@ -65,8 +65,6 @@ def sweep(
 def _own(point: of.Point, cfg: DictConfig, folder: Path) -> None:
     """Set what the sweep decides in a point's configuration."""
     cfg.run.dir, cfg.run.name, cfg.run.group = str(folder), point.folder, cfg.run.group or folder.name
-    if cfg.launcher.name == "slurm" and cfg.engine.processes is None:
-        cfg.engine.processes = slurm.gpus_per_node(cfg)
 
 
 def check(points: Sequence[of.Point], configs: Sequence[DictConfig]) -> None:

@@ -130,11 +130,12 @@ def cluster(monkeypatch):
 
 def test_slurm_gets_one_array_and_nobody_waits(tmp_path, cluster, capsys):
     tasks, cancelled = cluster
-    assert run(tmp_path, ["false"], "seed=1,2,3", "launcher=slurm", "launcher.at_once=2") == 0
+    nodes = ["engine=ddp", "slurm.gpus_per_node=4"]
+    assert run(tmp_path, ["false"], "seed=1,2,3", "launcher=slurm", "launcher.at_once=2", *nodes) == 0
     assert "job        101, 3 tasks of one array" in capsys.readouterr().out
     folder = tmp_path / "it"
     script = (folder / "job_1.sbatch").read_text()
-    assert "--array=1,2,3%2" in script and str(folder / "points.txt") in script
+    assert "--array=1,2,3%2" in script and "--ntasks-per-node=4\n" in script and str(folder / "points.txt") in script
     assert (folder / "points.txt").read_text().splitlines()[2] == str(folder / "003_seed-3")
     assert states(tmp_path) == ["waiting"] * 3
 
