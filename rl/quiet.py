@@ -12,6 +12,8 @@ def settle_environment() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    # it speaks as it is imported, which peft does wherever it is installed
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def quiet() -> None:

@@ -212,7 +212,7 @@ def test_a_vllm_server_gets_a_node_of_its_own(job):
     assert (run / "place_0").read_text() == "n1"
     assert "Connection refused" not in log()
     said = (run / "logs" / f"server_{number}.log").read_text()
-    assert "'vllm-serve', '--model'" in said and "--tensor-parallel-size=2" in said
+    assert "'vllm-serve', '--model'" in said and "'--tensor_parallel_size', '2'" in said
 
 
 @pytest.mark.usefixtures("cluster")
