@@ -76,7 +76,7 @@ def run(cfg: DictConfig, overrides: Sequence[str], argv: Sequence[str]) -> Path 
     if not in_place:
         _become_the_launcher(folder)
     with StopSignal() as stop, attempt(folder, 0, redirect=False):
-        _train_and_mark(folder, read(folder), ready, stop, model, started)
+        _train_in(folder, read(folder), ready, stop, model, started)
     return folder
 
 
@@ -120,13 +120,15 @@ def work(folder: Path, stop: StopSignal) -> None:
     cfg = read(folder)
     enter(folder, engine(cfg, here=False))
     build.use_threads(cfg.engine.threads)
+    ready = before_training(cfg, new=False)
+    set_seed(cfg.seed)
+    model = build.language_model(ready.path, cfg.model)
     try:
-        ready = before_training(cfg, new=False)
-        set_seed(cfg.seed)
-        model = build.language_model(ready.path, cfg.model)
-        _train_and_mark(folder, cfg, ready, stop, model, started)
-    finally:
+        _train_in(folder, cfg, ready, stop, model, started)
+    except Stopped:
         leave()
+        raise
+    leave()  # but not after an error, where NCCL would wait for ranks that do not come
 
 
 def _announce(cfg: DictConfig, found: Engine, ready: Ready, model: PreTrainedModel | None) -> None:
@@ -139,25 +141,6 @@ def _announce(cfg: DictConfig, found: Engine, ready: Ready, model: PreTrainedMod
         print(f"engine    {found.describe()}")
     for advice in ready.advice:
         print(f"advice    {advice}")
-
-
-def _train_and_mark(folder, cfg, ready: Ready, stop: StopSignal, model, started: float) -> None:
-    """Train; whatever happens, the folder says how the run ended."""
-    if rank() == 0:
-        rundir.reopen(folder)
-    try:
-        _train_in(folder, cfg, ready, stop, model, started)
-    except Stopped as stopped:
-        if rank() == 0:
-            rundir.finish(folder, "STOPPED", f"{stopped}; go on: entrl resume {folder}")
-        raise
-    except BaseException as error:
-        # the first rank to fail says why; the others then fail of its absence
-        if state(folder) == "open":
-            rundir.finish(folder, "FAILED", f"{type(error).__name__}: {error}")
-        raise
-    if rank() == 0:
-        rundir.finish(folder, "DONE")
 
 
 def _train_in(folder: Path, cfg, ready: Ready, stop: StopSignal, model, started: float) -> None:
