@@ -96,6 +96,11 @@ class BatchAlgebra:
         return self.micro_batch * self.world * self.accumulation
 
     @property
+    def group_on_a_rank(self) -> int:
+        """Completions of one prompt that a reward gets in one call: the group, or its smallest part where ranks share one."""
+        return self.micro_batch * self.steps_per_generation % self.group or self.group
+
+    @property
     def prompts_per_rollout(self) -> int:
         return self.completions_per_rollout // self.group
 

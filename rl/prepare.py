@@ -84,7 +84,7 @@ def to_resume(cfg: DictConfig) -> Path | None:
     """The run folder to go on with under ``resume=auto``, its configuration brought up to date; None for a new run.
 
     Raises:
-        ConfigError: resume without a name, or with settings that would make it another run.
+        ConfigError: resume without a name, with settings that would make it another run, or of a run that is going on.
     """
     if cfg.resume not in ("never", "auto"):
         raise ConfigError(f"resume={cfg.resume} is not known. Expected auto or never.")
@@ -108,6 +108,7 @@ def to_resume(cfg: DictConfig) -> Path | None:
             f"{folder} was started with {others[0]}={old}, not {new}{more}. Give the same settings, or another run.name, or go on as it "
             f"was: entrl resume {folder}."
         )
-    if changed:
-        rundir.write_text(folder / "config.yaml", OmegaConf.to_yaml(public))
+    if changed and not cfg.dry_run:
+        with rundir.held(folder):
+            rundir.write_text(folder / "config.yaml", OmegaConf.to_yaml(public))
     return folder

@@ -18,7 +18,7 @@ from rl import build, rundir
 from rl.callbacks.alarm import NoOpAlarm
 from rl.callbacks.progress import Progress, show_sample
 from rl.callbacks.stop import StopAtBoundary
-from rl.checkpoint import rewind
+from rl.checkpoint import newest_good, rewind
 from rl.dynamics import Dynamics
 from rl.engine import Engine, engine, enter, whole
 from rl.errors import ConfigError, Stopped
@@ -54,9 +54,17 @@ def run(cfg: DictConfig, overrides: Sequence[str], argv: Sequence[str]) -> Path 
             "then torchrun ... -m rl.rank RUN."
         )
     folder = to_resume(cfg)
+    if folder is not None and cfg.dry_run:
+        print(f"dry run: {folder} would go on from {newest_good(folder / 'checkpoints') or 'its beginning'}.")
+        return None
     if folder is not None:
         return resume(folder, cfg.trainer.max_steps)
     found = engine(cfg)
+    if found.nodes > 1:
+        raise ConfigError(
+            f"engine.nodes={found.nodes}, and entrl train starts processes on this machine only. Use entrl slurm submit, or entrl "
+            "prepare and then torchrun on every node (docs/engines.md)."
+        )
     in_place = found.world == 1 and found.deepspeed is None
     build.use_threads(cfg.engine.threads)
     ready = check(cfg)
