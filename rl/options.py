@@ -218,9 +218,9 @@ class BatchAlgebra:
         return self.micro_batch * self.world * self.accumulation
 
     @property
-    def split_group(self) -> int:
-        """Completions of the group that two ranks share in a rollout, on one of them; 0 where every rank has whole groups."""
-        return self.micro_batch * self.steps_per_generation % self.group
+    def group_on_a_rank(self) -> int:
+        """Completions of one prompt that a reward gets in one call: the group, or its smallest part where ranks share one."""
+        return self.micro_batch * self.steps_per_generation % self.group or self.group
 
     @property
     def prompts_per_rollout(self) -> int:

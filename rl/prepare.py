@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from rl import rundir
@@ -57,8 +58,8 @@ def write(cfg: DictConfig, overrides: Sequence[str], argv: Sequence[str], found:
     filled = OmegaConf.merge(cfg, {"run": {"name": name}, "engine": {"processes": found.processes}})
     folder = rundir.create(Path(cfg.run.dir), name, cfg.run.overwrite)
     public = OmegaConf.create(without_secrets(OmegaConf.to_container(filled)))
-    rundir.describe(folder, OmegaConf.to_yaml(public), overrides, argv, cfg.seed)
     write_deepspeed(folder, found)
+    rundir.describe(folder, OmegaConf.to_yaml(public), overrides, argv, cfg.seed)  # its manifest is the last file
     return folder
 
 
@@ -66,12 +67,13 @@ def read(folder: Path) -> DictConfig:
     """The configuration of a run folder.
 
     Raises:
-        CheckpointError: it is no run folder.
+        CheckpointError: it is no run folder, or its config.yaml is no YAML.
     """
-    path = Path(folder) / "config.yaml"
-    if not path.is_file() or not (Path(folder) / "manifest.json").is_file():
-        raise CheckpointError(f"{folder} is no run folder: config.yaml and manifest.json are not both there.")
-    return OmegaConf.load(path)
+    path = rundir.prepared(Path(folder)) / "config.yaml"
+    try:
+        return OmegaConf.load(path)
+    except (yaml.YAMLError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be used: {str(error).splitlines()[0]}. Was it edited?") from error
 
 
 # what may differ when a run goes on: nothing of it changes what is computed
@@ -82,7 +84,7 @@ def to_resume(cfg: DictConfig) -> Path | None:
     """The run folder to go on with under ``resume=auto``, its configuration brought up to date; None for a new run.
 
     Raises:
-        ConfigError: resume without a name, or with settings that would make it another run.
+        ConfigError: resume without a name, with settings that would make it another run, or of a run that is going on.
     """
     if cfg.resume not in ("never", "auto"):
         raise ConfigError(f"resume={cfg.resume} is not known. Expected auto or never.")
@@ -106,6 +108,7 @@ def to_resume(cfg: DictConfig) -> Path | None:
             f"{folder} was started with {others[0]}={old}, not {new}{more}. Give the same settings, or another run.name, or go on as it "
             f"was: entrl resume {folder}."
         )
-    if changed:
-        rundir.write_text(folder / "config.yaml", OmegaConf.to_yaml(public))
+    if changed and not cfg.dry_run:
+        with rundir.held(folder):
+            rundir.write_text(folder / "config.yaml", OmegaConf.to_yaml(public))
     return folder

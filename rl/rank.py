@@ -16,15 +16,15 @@ import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from rl.errors import DONE, ConfigError, Stopped, guarded, user_errors
+from rl import rundir
+from rl.errors import DONE, Stopped, guarded, user_errors
 from rl.quiet import settle_environment
-from rl.rundir import hold
 from rl.stop import StopSignal
 
 
 def main(argv: Sequence[str]) -> int:
     """Work on the run folder named on the command line; the exit code is the run's."""
-    folder = Path(argv[0])
+    folder = rundir.named(argv)
     with StopSignal() as stop:  # before the slow imports, so that no signal is lost
         _end_with_the_launcher()
         settle_environment()
@@ -40,37 +40,70 @@ def main(argv: Sequence[str]) -> int:
 
 @contextlib.contextmanager
 def attempt(folder: Path, rank: int, redirect: bool) -> Iterator[None]:
-    """Keep what one start of a rank says: ``logs/attempt_<n>/rank_<r>.log`` and, of a failure, ``rank_<r>.error``.
+    """One start of a rank: whatever happens, the folder says how it ended.
+
+    Each rank leaves ``logs/attempt_<n>/rank_<r>.log`` and, of an error, ``rank_<r>.error``; the first one DONE or STOPPED, and the first
+    that fails FAILED.
 
     Args:
         redirect: send the output of ranks above 0 to their log; the first rank keeps the console.
+
+    Raises:
+        ConfigError: another process trains in the folder, or it cannot be written.
     """
-    logs = folder / "logs"
-    lock = hold(folder) if rank == 0 else None
-    if rank == 0 and lock is None:
-        raise ConfigError(f"{folder} is being trained by another process. Wait for it, or stop it first.")
-    number = 1
+    with contextlib.ExitStack() as stack:
+        log = _new_log(folder, rank)
+        if redirect and rank:
+            with open(log, "a", encoding="utf-8") as stream:
+                os.dup2(stream.fileno(), 1)
+                os.dup2(stream.fileno(), 2)
+        try:
+            if rank == 0:
+                stack.enter_context(rundir.held(folder))
+                rundir.reopen(folder)  # long before the ranks meet, so that none has failed yet
+            try:
+                yield
+            except Stopped as stopped:
+                if rank == 0:
+                    rundir.finish(folder, "STOPPED", f"{stopped}; go on: entrl resume {folder}")
+                raise
+            except BaseException as error:
+                # the first rank to fail says why; the others then fail of its absence
+                if rundir.state(folder) == "open":
+                    with contextlib.suppress(OSError):  # a full disk, say, which is then the error
+                        rundir.finish(folder, "FAILED", f"{type(error).__name__}: {error}")
+                raise
+            if rank == 0:
+                rundir.finish(folder, "DONE")
+        except BaseException as error:
+            if not isinstance(error, Stopped):
+                _say_why(log, error)
+            raise
+
+
+def _new_log(folder: Path, rank: int) -> Path:
+    logs, number = folder / "logs", 1
     while (logs / f"attempt_{number}" / f"rank_{rank}.log").exists():
         number += 1
     log = logs / f"attempt_{number}" / f"rank_{rank}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
     began = time.strftime("%Y-%m-%d %H:%M:%S")
-    log.write_text(f"rank {rank}, process {os.getpid()}, {os.uname().nodename}, {began}\n", encoding="utf-8")
-    if redirect and rank:
-        with open(log, "a", encoding="utf-8") as stream:
-            os.dup2(stream.fileno(), 1)
-            os.dup2(stream.fileno(), 2)
     try:
-        yield
-    except BaseException as error:
-        if not isinstance(error, Stopped):
-            mine = isinstance(error, user_errors())
-            text = f"entrl: {error}" if mine else "".join(traceback.format_exception(error))
-            log.with_suffix(".error").write_text(text, encoding="utf-8")
-        raise
-    finally:
-        if lock is not None:
-            lock.close()
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text(f"rank {rank}, process {os.getpid()}, {os.uname().nodename}, {began}\n", encoding="utf-8")
+    except OSError as error:
+        raise rundir.not_writable(folder, error) from error
+    return log
+
+
+def _say_why(log: Path, error: BaseException) -> None:
+    """Leave the error beside the log, where the launcher finds it; on the console where the disk is full."""
+    mine = isinstance(error, user_errors())
+    text = f"entrl: {error}" if mine else "".join(traceback.format_exception(error))
+    try:
+        rundir.write_text(log.with_suffix(".error"), text)
+    except OSError:
+        if "ENTRL_LAUNCHER" in os.environ:
+            print(text, file=sys.stderr, flush=True)
 
 
 def _end_with_the_launcher() -> None:

@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from rl.errors import ConfigError, RunExistsError
+from rl.errors import CheckpointError, ConfigError, RunExistsError
 from rl.redact import public_words
 
 _VERSIONS = (
@@ -45,7 +45,8 @@ def check_free(directory: Path, name: str, overwrite: bool) -> Path:
     """The folder a run of this name would get.
 
     Raises:
-        RunExistsError: the name is taken and ``overwrite`` is false. ConfigError: it is no name of a folder.
+        RunExistsError: the name is taken and ``overwrite`` is false. ConfigError: it is no name of a folder, or another process trains
+        in what would be moved aside.
     """
     if not name or name == ".." or Path(name).name != name or len(name) > 200:
         raise ConfigError(
@@ -57,6 +58,8 @@ def check_free(directory: Path, name: str, overwrite: bool) -> Path:
             f"{folder} exists already. Go on with it: resume=auto, give another run.name, or run.overwrite=true to move it "
             f"aside to {name}.old-<n>."
         )
+    if folder.exists():
+        held(folder).close()  # else two runs would write into one folder
     return folder
 
 
@@ -67,30 +70,81 @@ def create(directory: Path, name: str, overwrite: bool) -> Path:
         RunExistsError: the name is taken and ``overwrite`` is false.
     """
     folder = check_free(directory, name, overwrite)
-    if folder.exists():
-        number = 1
-        while (aside := folder.with_name(f"{name}.old-{number}")).exists():
-            number += 1
-        folder.rename(aside)
     try:
+        if folder.exists():
+            number = 1
+            while (aside := folder.with_name(f"{name}.old-{number}")).exists():
+                number += 1
+            folder.rename(aside)
         folder.mkdir(parents=True)
     except OSError as error:
         raise ConfigError(f"run.dir={directory} cannot be written: {error.strerror}. Give another folder.") from error
     return folder
 
 
+def named(argv: Sequence[str]) -> Path:
+    """The run folder on a command line that has nothing else.
+
+    Raises:
+        CheckpointError: there is none, or it holds no prepared run.
+    """
+    if len(argv) != 1:
+        raise CheckpointError(f"Expected one run folder, as runs/NAME, and got {shlex.join(argv) or 'none'}.")
+    return prepared(Path(argv[0]))
+
+
+def prepared(folder: Path) -> Path:
+    """``folder``, when it was written to its end.
+
+    Raises:
+        CheckpointError: it was not, or is something else.
+    """
+    if (folder / "config.yaml").is_file() and (folder / "manifest.json").is_file():
+        return folder
+    if (folder / "sweep.json").is_file():
+        raise CheckpointError(f"{folder} is a sweep. To run again what did not finish: entrl sweep retry {folder}.")
+    if (folder / "config.yaml").is_file():
+        raise CheckpointError(
+            f"{folder} has no manifest.json: it was not written to its end. Delete it and start anew."
+        )
+    raise CheckpointError(f"{folder} is no run folder: it has no config.yaml. Give one that entrl wrote, as runs/NAME.")
+
+
+def not_writable(folder: Path, error: OSError) -> ConfigError:
+    """The error for a folder that cannot be written."""
+    return ConfigError(f"{folder} cannot be written: {error.strerror}. Make it writable, or give another run.dir.")
+
+
 def hold(folder: Path) -> IO[str] | None:
     """Hold a run folder until the file is closed or this process ends, however it ends; None while another process does.
 
     Child processes do not inherit the hold. A file system without locks lets everybody have it.
+
+    Raises:
+        ConfigError: the folder cannot be written.
     """
-    lock = open(Path(folder) / ".lock", "w", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
+    try:
+        lock = open(Path(folder) / ".lock", "w", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
+    except OSError as error:
+        raise not_writable(folder, error) from error
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             lock.close()
             return None
+    return lock
+
+
+def held(folder: Path) -> IO[str]:
+    """:func:`hold`, as a context.
+
+    Raises:
+        ConfigError: another process trains in the folder, or it cannot be written.
+    """
+    lock = hold(folder)
+    if lock is None:
+        raise ConfigError(f"{folder} is being trained by another process. Wait for it, or stop it first.")
     return lock
 
 

@@ -18,7 +18,7 @@ from rl import build, rundir
 from rl.callbacks.alarm import NoOpAlarm
 from rl.callbacks.progress import Progress, show_sample
 from rl.callbacks.stop import StopAtBoundary
-from rl.checkpoint import rewind
+from rl.checkpoint import newest_good, rewind
 from rl.dynamics import Dynamics
 from rl.engine import Engine, engine, enter, whole
 from rl.errors import ConfigError, Stopped
@@ -54,9 +54,17 @@ def run(cfg: DictConfig, overrides: Sequence[str], argv: Sequence[str]) -> Path 
             "then torchrun ... -m rl.rank RUN."
         )
     folder = to_resume(cfg)
+    if folder is not None and cfg.dry_run:
+        print(f"dry run: {folder} would go on from {newest_good(folder / 'checkpoints') or 'its beginning'}.")
+        return None
     if folder is not None:
         return resume(folder, cfg.trainer.max_steps)
     found = engine(cfg)
+    if found.nodes > 1:
+        raise ConfigError(
+            f"engine.nodes={found.nodes}, and entrl train starts processes on this machine only. Use entrl slurm submit, or entrl "
+            "prepare and then torchrun on every node (docs/engines.md)."
+        )
     in_place = _in_place(cfg)
     build.use_threads(cfg.engine.threads)
     ready = check(cfg)
@@ -76,7 +84,7 @@ def run(cfg: DictConfig, overrides: Sequence[str], argv: Sequence[str]) -> Path 
     if not in_place:
         _become_the_launcher(folder)
     with StopSignal() as stop, attempt(folder, 0, redirect=False):
-        _train_and_mark(folder, read(folder), ready, stop, model, started)
+        _train_in(folder, read(folder), ready, stop, model, started)
     return folder
 
 
@@ -125,13 +133,15 @@ def work(folder: Path, stop: StopSignal) -> None:
     cfg = read(folder)
     enter(folder, engine(cfg, here=False))
     build.use_threads(cfg.engine.threads)
+    ready = before_training(cfg, new=False)
+    set_seed(cfg.seed)
+    model = build.language_model(ready.path, cfg.model)
     try:
-        ready = before_training(cfg, new=False)
-        set_seed(cfg.seed)
-        model = build.language_model(ready.path, cfg.model)
-        _train_and_mark(folder, cfg, ready, stop, model, started)
-    finally:
+        _train_in(folder, cfg, ready, stop, model, started)
+    except Stopped:
         leave()
+        raise
+    leave()  # but not after an error, where NCCL would wait for ranks that do not come
 
 
 def _announce(cfg: DictConfig, found: Engine, ready: Ready, model: PreTrainedModel | None) -> None:
@@ -144,25 +154,6 @@ def _announce(cfg: DictConfig, found: Engine, ready: Ready, model: PreTrainedMod
         print(f"engine    {found.describe()}")
     for advice in ready.advice:
         print(f"advice    {advice}")
-
-
-def _train_and_mark(folder, cfg, ready: Ready, stop: StopSignal, model, started: float) -> None:
-    """Train; whatever happens, the folder says how the run ended."""
-    if rank() == 0:
-        rundir.reopen(folder)
-    try:
-        _train_in(folder, cfg, ready, stop, model, started)
-    except Stopped as stopped:
-        if rank() == 0:
-            rundir.finish(folder, "STOPPED", f"{stopped}; go on: entrl resume {folder}")
-        raise
-    except BaseException as error:
-        # the first rank to fail says why; the others then fail of its absence
-        if state(folder) == "open":
-            rundir.finish(folder, "FAILED", f"{type(error).__name__}: {error}")
-        raise
-    if rank() == 0:
-        rundir.finish(folder, "DONE")
 
 
 def _train_in(folder: Path, cfg, ready: Ready, stop: StopSignal, model, started: float) -> None:

@@ -69,9 +69,7 @@ def before_training(cfg: DictConfig, new: bool = True) -> Ready:
         tasks.check_columns(cfg, section, found)
         if not section.errors:
             functions, _ = build.rewards(cfg)
-            # and as ranks that share a group would call them
-            for count in filter(None, (algebra.group, algebra.split_group)):
-                section.attempt(build.probe_rewards, functions, found.first(1), count)
+            section.attempt(build.probe_rewards, functions, found.first(1), algebra.group_on_a_rank)
     if not section.errors:
         longest = tasks.check_prompts(cfg, section, found, tokenizer, context_of(config))
         check_memory(cfg, section, config, args, pipeline, longest)

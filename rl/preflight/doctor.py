@@ -69,7 +69,9 @@ def examine(overrides: Sequence[str], config_dir: str | None, rollouts: int) -> 
         if found is not None:
             tasks.check_columns(cfg, section, found)
             if not section.findings:
-                tasks.check_rewards(cfg, section, found)
+                algebra = None if args is None else batch_algebra(cfg.trainer, settings.world(cfg))
+                group = cfg.trainer.num_generations if algebra is None else algebra.group_on_a_rank
+                tasks.check_rewards(cfg, section, found, group)
     with report.section("memory") as section:
         if config is not None and args is not None and longest is not None:
             check_memory(cfg, section, config, args, pipeline, longest)
@@ -154,7 +156,7 @@ def check_rewards(cfg: DictConfig) -> int:
     with report.section("rewards") as section:
         if found:
             tasks.check_columns(cfg, section, found)
-            tasks.check_rewards(cfg, section, found, count=256)
+            tasks.check_rewards(cfg, section, found, cfg.trainer.num_generations, count=256)
     for line in report.lines():
         print(line)
     return 2 if report.errors else 0

@@ -58,10 +58,10 @@ def _first_wrong(overrides: Sequence[str], config_dir: str | None, section: Sect
     raise AssertionError("overrides that compose one after the other do not compose together")
 
 
-def world(cfg: DictConfig) -> int:
-    """Processes of the run; 1 while nobody can tell, which is an error of its own."""
+def world(cfg: DictConfig, here: bool = True) -> int:
+    """Processes of the run; 1 while nobody can tell, which is an error of its own. Args: here: it will be on this machine."""
     try:
-        return engine(cfg).world
+        return engine(cfg, here).world
     except ConfigError:
         return 1
 
@@ -84,7 +84,7 @@ def check_settings(
     for flaw in flaws:
         section.error(flaw)
     if not flaws:  # the numbers are numbers
-        section.attempt(batch_algebra, cfg.trainer, world(cfg))
+        section.attempt(batch_algebra, cfg.trainer, world(cfg, here))
     _check_rewards(cfg, section)
     section.attempt(build.decoding, cfg)
     section.attempt(check_engine, cfg, True)
@@ -109,7 +109,7 @@ def check_settings(
         )
     if section.errors or found is None:
         return pipeline, None
-    args = section.attempt(build.grpo_config, cfg, str(Path(cfg.run.dir) / "unused"), _weights(cfg), world(cfg))
+    args = section.attempt(build.grpo_config, cfg, str(Path(cfg.run.dir) / "unused"), _weights(cfg), world(cfg, here))
     if args is not None:
         section.attempt(build.check_backend, cfg.rollout.backend, args, here)
         check_vllm(section, cfg, args, found, launching=new and here)

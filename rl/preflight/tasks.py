@@ -152,15 +152,15 @@ def rewarded_columns(rows: Sequence[dict]) -> dict[str, list]:
     return {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
 
 
-def check_rewards(cfg: DictConfig, section: Section, found: Problems, count: int = 64) -> None:
+def check_rewards(cfg: DictConfig, section: Section, found: Problems, group: int, count: int = 64) -> None:
     """Every reward on an empty group; the grader, and every reward that looks at the answer, on answers whose worth is known.
 
     Args:
-        count: problems to take.
+        group: completions of a prompt that a reward gets at once. count: problems to take.
     """
     functions, _ = build.rewards(cfg)
     rows = found.first(count)
-    section.attempt(build.probe_rewards, functions, rows, cfg.trainer.num_generations)
+    section.attempt(build.probe_rewards, functions, rows, group)
     if section.errors:
         return
     solution = build.make("data.solution", cfg.data.solution) if "solution" in cfg.data and cfg.data.solution else None

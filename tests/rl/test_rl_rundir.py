@@ -1,10 +1,12 @@
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 
 from rl import rundir
-from rl.errors import CheckpointError, RunExistsError
+from rl.errors import CheckpointError, ConfigError, RunExistsError
 from rl.paths import find_model
 
 
@@ -23,6 +25,18 @@ def test_an_existing_name_is_refused_with_ways_out_or_moved_aside(tmp_path):
         assert not list(rundir.create(tmp_path, "a", overwrite=True).iterdir())
         assert (tmp_path / f"a.old-{n}").is_dir()
     assert (tmp_path / "a.old-1" / "precious").read_text() == "1"
+
+
+def test_a_folder_that_is_being_trained_in_is_not_moved_aside(tmp_path):
+    folder = rundir.create(tmp_path, "a", overwrite=False)
+    code = f"import sys; from rl.rundir import hold; lock = hold({str(folder)!r}); print('held', flush=True); sys.stdin.read()"
+    other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(ConfigError, match="is being trained by another process"):
+        rundir.create(tmp_path, "a", overwrite=True)
+    other.kill()
+    other.communicate()
+    rundir.create(tmp_path, "a", overwrite=True)
 
 
 def test_a_run_describes_itself(tmp_path):
