@@ -8,7 +8,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from rl import engine as engines
-from rl import launch
+from rl import launch, rundir
 from rl.config import compose
 from rl.engine import Engine, check_gpus, engine, enter, take_place, whole
 from rl.errors import ConfigError
@@ -145,7 +145,7 @@ def test_what_several_ranks_can_do_passes():
 def test_ranks_get_what_the_server_leaves_them(tmp_path, monkeypatch):
     """The launcher waits for vLLM's server, and hands its environment to the ranks."""
     cfg = compose(["rollout=vllm_server", "engine=ddp", "engine.processes=2"])
-    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(cfg))
+    rundir.describe(tmp_path, OmegaConf.to_yaml(cfg), [], [], seed=1)
     seen = []
 
     @contextmanager

@@ -36,14 +36,14 @@ def fails(text):
 def folder(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
-    rundir.describe(run, "engine: {processes: 2, nodes: 1, threads: null}\n", [], ["train"], 1)
+    rundir.describe(run, "engine: {processes: 2, nodes: 1, threads: null}\nrollout: {}\n", [], ["train"], 1)
     return run
 
 
 def start(folder, script):
     """The exit code of a run of two ranks that do this."""
     (folder / "rank.py").write_text(RANK + script)
-    return launch.Launcher(folder, 2, None, [sys.executable, "-S", str(folder / "rank.py")]).run()
+    return launch.Launcher(folder, 2, None, command=[sys.executable, "-S", str(folder / "rank.py")]).run()
 
 
 def after(ready, *numbers):
