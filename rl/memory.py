@@ -26,6 +26,9 @@ _FRAMEWORK_CPU = 510 * MIB
 # with LoRA once the activations of all layers, checkpointed or not.
 _GLIBC = 0.25
 _FRAMEWORK_CUDA = 1 * GIB  # context, libraries and their workspaces; not measured
+_DEEPSPEED_CPU = 60 * MIB  # measured (scripts/bench_ranks.py)
+# DeepSpeed's defaults, in numbers: reduce_bucket_size, stage3_max_live_parameters, sub_group_size
+_BUCKET, _LIVE, _SUB_GROUP = 500_000_000, 1_000_000_000, 1_000_000_000
 _SLAB, _FORMED = 64 * MIB, 256 * MIB  # buffers of rl.head
 _GPU_TILE = (4096, 32768)  # tokens and words of TRL's kernel (rl.kernel)
 _KL_TILES, _KL_TILE = 8, 64 * MIB  # backward of the full-vocabulary KL: logits, logp, gradients of rl.scoring's tile
@@ -34,10 +37,19 @@ _CLOSE = 0.9  # of what is available: above that a run is not said to fit
 # what is held when, beside what is always held
 _PHASES = {
     "rollout": ("KV cache", "sampling", "gathered weights"),
-    "forward/backward": ("activations", "loss", "accumulated gradients", "DDP buckets"),
-    "update": ("gradients", "DDP buckets"),
+    "forward/backward": ("activations", "loss", "accumulated gradients", "DDP buckets", "live weights"),
+    "update": ("gradients", "DDP buckets", "fp32 gradients"),
 }
 _ALWAYS = ("framework", "weights", "adapters", "reference weights", "optimizer state", "rollout buffer", "vLLM")
+
+
+def _held(run: _Run, phase: str) -> tuple[str, ...]:
+    """Names of the items held in a phase."""
+    held = (*_ALWAYS, *_PHASES[phase])
+    if run.zero_stage == 3:  # DeepSpeed makes them once and keeps them
+        return tuple(dict.fromkeys((*held, "gradients", "reduce buckets")))
+    # a CPU touches the buckets only as activations are freed
+    return (*held, "reduce buckets") if phase == ("update" if run.device == "cpu" else "forward/backward") else held
 
 
 @dataclass(frozen=True)
@@ -141,7 +153,7 @@ class MemoryEstimate:
         return f"{text}: the peak goes from {_gib(self.total)} to {_gib(best.total)}.{also}"
 
     def _held(self, phase: str) -> list[str]:
-        return [name for name in self.items if name in _ALWAYS + _PHASES[phase] or name == f"allocator, {phase}"]
+        return [name for name in self.items if name in _held(self.run, phase) or name == f"allocator, {phase}"]
 
 
 def estimate(
@@ -221,16 +233,16 @@ def _estimate(run: _Run) -> MemoryEstimate:
     adapters, adapted = lora_parameters(run.config, run.lora_rank, run.lora_targets) if run.lora_rank else (0, 0)
     items, host = _model_items(run, size, adapters)
     items |= _rollout_items(run, size) | _training_items(run, size, adapted)
-    items["framework"] = _FRAMEWORK_CPU if run.device == "cpu" else _FRAMEWORK_CUDA
     if run.device == "cpu":
-        always = sum(items.get(name, 0) for name in _ALWAYS) - _FRAMEWORK_CPU
-        for phase, names in _PHASES.items():
-            items[f"allocator, {phase}"] = int(_GLIBC * (always + sum(items.get(name, 0) for name in names)))
+        for phase in _PHASES:
+            items[f"allocator, {phase}"] = int(_GLIBC * sum(items.get(name, 0) for name in _held(run, phase)))
         if run.lora_rank:
             every = _training_items(replace(run, checkpointing=False), size, adapted)["activations"]
             items["allocator, forward/backward"] = every
     else:
         host["model while it is loaded"] = size.parameters * run.width
+    cpu = _FRAMEWORK_CPU + (_DEEPSPEED_CPU if run.zero_stage else 0)
+    items["framework"] = cpu if run.device == "cpu" else _FRAMEWORK_CUDA
     return MemoryEstimate(items, host, run)
 
 
@@ -249,14 +261,36 @@ def _model_items(run: _Run, size: Sizes, adapters: int) -> tuple[dict[str, int],
         "weights": n * w // part,
         "adapters": adapters * adapter_width // part,
         "reference weights": copies,
-        "optimizer state": 0 if run.offload else state,
+        "optimizer state": state,
         "gradients": gradients,
-        "accumulated gradients": gradients if run.accumulation > 1 else 0,
+        "accumulated gradients": gradients if run.accumulation > 1 and run.zero_stage < 3 else 0,
         "DDP buckets": trained * g if run.world > 1 and not run.zero_stage else 0,
-        "gathered weights": 0 if run.rollout.startswith("vllm") else n * w - n * w // part,
         "vLLM": int(run.vllm_gpu_memory_utilization * gpu),
     }
-    return items, {"offloaded optimizer state": state if run.offload else 0}
+    if run.zero_stage:
+        items |= _zero_items(run, n, trained)
+    if not run.offload:
+        return items, {}
+    away = {"offloaded optimizer state": state, "offloaded gradients": trained * (g + 4) // ranks}
+    items |= {"fp32 gradients": 0, "accumulated gradients": 0}
+    if run.device == "cpu":  # the same memory
+        return items | {"gradients": away["offloaded gradients"]}, {}
+    return items | {"optimizer state": 0, "gradients": 0}, away
+
+
+def _zero_items(run: _Run, parameters: int, trained: int) -> dict[str, int]:
+    """What DeepSpeed holds beside its shards."""
+    part, third = trained // run.world, run.zero_stage == 3
+    bucket = _BUCKET * (1 if third else 2)  # overlap_comm has two in stage 2
+    if run.device == "cpu":
+        bucket = min(trained, _BUCKET)  # what is touched of them
+    gathered = third and not run.rollout.startswith("vllm")
+    return {
+        "reduce buckets": bucket * run.width,
+        "fp32 gradients": 4 * (min(part, _SUB_GROUP) if third else part),
+        "live weights": min(parameters, _LIVE) * run.width if third else 0,
+        "gathered weights": parameters * run.width if gathered else 0,
+    }
 
 
 def _rollout_items(run: _Run, size: Sizes) -> dict[str, int]:
