@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,21 @@ class Sizes:
     qk_norm: bool
 
 
+def _once(count: Callable[..., Any]) -> Callable[..., Any]:
+    """A large model takes a second to count, and advice counts it often; configurations that read the same have the same sizes."""
+    known: dict[str, Any] = {}
+
+    @functools.wraps(count)
+    def counted(config: Any, *args: Any) -> Any:
+        key = f"{config.to_json_string(use_diff=False)} {args}"
+        if key not in known:
+            known[key] = count(config, *args)
+        return known[key]
+
+    return counted
+
+
+@_once
 def sizes(config: Any) -> Sizes:
     """The sizes of a transformers configuration; parameters are counted on the model itself, without memory for its weights.
 
@@ -56,6 +72,7 @@ def sizes(config: Any) -> Sizes:
     )
 
 
+@_once
 def lora_parameters(config: Any, rank: int, targets: str | Sequence[str] = "all-linear") -> tuple[int, int]:
     """Parameters of the adapters that peft makes, and how many linear layers get one: ``rank (in + out)`` each.
 

@@ -107,7 +107,7 @@ def step_time(
     prefill, decode = rollout_time(size, _body(config, size), work, hardware, world)
     training = training_time(size, _body(config, size), work, hardware)
     collective = _Collective(hardware, processes, nodes)
-    weights = size.parameters * work.width
+    weights = size.parameters * _sampling_width(work)
     passes = -(-work.sequences // work.micro_batch) if training["old_policy"] else 0
     vllm = work.rollout.startswith("vllm")
     sync = 0.0
@@ -143,8 +143,8 @@ def rollout_time(size: Sizes, body: int, work: Work, hardware: Hardware, world: 
     prefill = prompts * work.prompt * 2 * body / (hardware.flops * split)
     tokens = rows * (work.longest if work.rollout == "hf" else work.completion)  # the others drop rows that have ended
     columns = work.prompt + (work.longest if work.rollout == "hf" else work.completion) / 2
-    weights = (body + size.embedding) * work.width
-    cache = kv_cache_bytes(size, 1, work.width) * tokens * columns
+    weights = (body + size.embedding) * _sampling_width(work)
+    cache = kv_cache_bytes(size, 1, _sampling_width(work)) * tokens * columns
     if work.rollout == "hf":  # copied to grow by a token, and repeated for every head
         cache *= 3 + 2 * size.heads / size.kv_heads
     logits = tokens * size.vocabulary * _SAMPLING_BYTES
@@ -153,6 +153,11 @@ def rollout_time(size: Sizes, body: int, work: Work, hardware: Hardware, world: 
     computed = tokens * (2 * (body + size.embedding) + attention) / (hardware.flops * split)
     launches = work.longest * size.layers * hardware.layer[work.rollout]
     return prefill, max(bound, computed) + launches
+
+
+def _sampling_width(work: Work) -> int:
+    """Bytes of a weight while sampling; vLLM loads what is on the disk, bf16."""
+    return 2 if work.rollout.startswith("vllm") else work.width
 
 
 def training_time(size: Sizes, body: int, work: Work, hardware: Hardware) -> dict[str, float]:
