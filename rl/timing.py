@@ -163,15 +163,16 @@ def _sampling_width(work: Work) -> int:
 def training_time(size: Sizes, body: int, work: Work, hardware: Hardware) -> dict[str, float]:
     """Seconds of the old-policy pass and of forward and backward, every completion token with gradient.
 
-    6 operations a parameter and token (LoRA: 4, the frozen weights have no gradient), 2 more where activations are computed again;
-    attention over all columns; the head on completion tokens only.
+    6 operations a parameter and token (LoRA: 4, the frozen weights have no gradient), 2 more where activations are computed again, but
+    for the last product of a layer, which nothing needs; attention over all columns; the head on completion tokens only, its forward twice.
     """
     columns = work.prompt + work.completion
     tokens, scored = work.sequences * columns, work.sequences * work.completion
-    forward = 2 * body + 4 * size.layers * size.heads * size.head_dim * columns
-    head = 2 * size.embedding
-    times = (2 if work.lora_rank else 3) + (1 if work.checkpointing else 0)
-    backward = tokens * forward * times + scored * head * (2 if work.lora_rank else 3)
+    attention = 4 * size.layers * size.heads * size.head_dim * columns
+    forward, head = 2 * body + attention, 2 * size.embedding
+    again = (forward - 2 * size.layers * size.hidden * size.intermediate) * work.checkpointing
+    backward = tokens * (forward + 2 * attention + 2 * body * (1 if work.lora_rank else 2) + again)
+    backward += scored * head * (3 if work.lora_rank else 4)
     old = work.rollout.startswith("vllm") if work.old_policy is None else work.old_policy
     return {
         "old_policy": (tokens * forward + scored * head) / hardware.flops * old,

@@ -6,8 +6,8 @@
 
 Each case is a run folder of its own with as many ranks as it says, through ``rl.rank``. peak_mb: the largest resident memory of a rank;
 whole_mb: the same where glibc returns every freed tensor to the system; MB are 1e6 bytes; off: estimate / measured - 1. step_s and
-rollout_s: CPU seconds of the slowest rank, without what it waits for others, medians of the steps after the first. The model of time is
-calibrated on the first case of one process and of the 19 M model.
+rollout_s: CPU seconds of the slowest rank, without what it waits for others, medians of the steps after the first; step and rollout:
+those of rl.timing, calibrated on the 19 M model in one process.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -143,6 +144,50 @@ def estimated(shape: dict, engine: str, changes: dict, rollout: str) -> dict[str
     return {name: n / 1e6 for name, n in (total | parts).items()}
 
 
+def predicted(shape: dict, engine: str, changes: dict, rollout: str, hardware) -> tuple[float, float]:
+    """CPU seconds of a step and of its rollout; what is sent between the ranks costs none."""
+    from rl.timing import step_time
+
+    world, stage = ENGINES[engine]
+    found = step_time(config(shape), _work(changes, rollout), hardware, processes=world, zero_stage=stage)
+    return found.total - found.communication, found.prefill + found.decode
+
+
+def _work(changes: dict, rollout: str):
+    from rl.timing import Work
+
+    run = {**RUN, **changes}
+    numbers = {key: run[key] for key in ("micro_batch", "accumulation", "group")}
+    numbers |= {
+        "prompt": run["prompt_tokens"],
+        "completion": run["completion_tokens"],
+        "longest": run["completion_tokens"],
+    }
+    more = {"checkpointing": run.get("checkpointing", False), "lora_rank": run.get("lora_rank", 0)}
+    return Work(**numbers, **more, rollout=rollout, width=4)
+
+
+def calibrated(step_s: float, rollout_s: float):
+    """What this machine achieves, from one run of the 19 M model in one process, and a copy for the bandwidth."""
+    from rl.sizes import sizes
+    from rl.timing import Hardware, step_time
+
+    source = torch.ones(1 << 26)
+    seconds = []
+    for _ in range(5):
+        start = time.process_time()
+        source.clone()
+        seconds.append(time.process_time() - start)
+    memory = 2 * source.nbytes / statistics.median(seconds)
+    hardware = Hardware(flops=1.0, memory=memory, link=1.0, network=1.0, host=memory, layer={"hf": 0.0})
+    work, shape = _work({}, "hf"), config(SMALL)
+    counted = step_time(shape, work, hardware)
+    hardware = replace(hardware, flops=counted.backward / (step_s - rollout_s - counted.optimizer))
+    rest = step_time(shape, work, hardware).rollout
+    layer = max(0.0, rollout_s - rest) / (work.longest * sizes(shape).layers)
+    return replace(hardware, layer={"hf": layer})
+
+
 def cases(quick: bool, offload: bool) -> dict[str, tuple[dict, str, dict, str]]:
     """name -> (shape, engine, changes, rollout)."""
     engines = [engine for engine in ENGINES if offload or engine != "zero3_offload"]
@@ -168,14 +213,23 @@ def main() -> None:
     with environment(GLIBC):
         whole = rounds(jobs, 1)
     rows, parts = {}, {}
+    first = found.get("19 M, single")
+    hardware = calibrated(first["step_s"], first["rollout_s"]) if first else None
     for name, one in chosen.items():
         parts[name] = estimated(*one)
         total, bare = parts[name]["estimate"], parts[name]["without allocator"]
         rows[name] = {"peak_mb": found[name]["peak_mb"], "estimate": total, "off": total / found[name]["peak_mb"] - 1}
         rows[name] |= {"whole_mb": whole[name]["peak_mb"], "bare": bare, "off_whole": bare / whole[name]["peak_mb"] - 1}
         rows[name] |= {"step_s": found[name]["step_s"], "rollout_s": found[name]["rollout_s"]}
+        if hardware:
+            step, rollout = predicted(*one, hardware)
+            rows[name] |= {"step": step, "rollout": rollout, "off_step": step / rows[name]["step_s"] - 1}
+            rows[name]["off_rollout"] = rollout / rows[name]["rollout_s"] - 1
     ratios = {key: max(abs(row[key]) for row in rows.values()) for key in ("off", "off_whole")}
     report("Parts of the estimate of a rank, MB", parts, {}, None)
+    if hardware:
+        ratios |= {"GFLOP/s": hardware.flops / 1e9, "GB/s": hardware.memory / 1e9}
+        ratios |= {"ms a layer and token": 1e3 * hardware.layer["hf"]}
     report("A rank over gloo, one thread", rows, ratios, args.json)
 
 
