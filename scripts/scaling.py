@@ -90,15 +90,24 @@ class Plan:
 
     def memory(self) -> MemoryEstimate:
         """Of one GPU."""
-        accumulation = self.rows // self.micro_batch
+        return self._estimate(self.rollout, self.rows, self.vllm[1] if self.rollout == "vllm_colocate" else 0.0)
+
+    def _estimate(self, rollout: str, sequences: int, share: float) -> MemoryEstimate:
         return estimate(
             config(self.model), micro_batch=self.micro_batch, prompt_tokens=PROMPT, completion_tokens=self.completion,
-            accumulation=accumulation, group=GROUP, rollout=self.rollout, device="cuda",
+            accumulation=self.rows // self.micro_batch, sequences=sequences, group=GROUP, rollout=rollout, device="cuda",
             dtype="float32" if self.fp32 else "bfloat16", autocast=True, checkpointing=True, lora_rank=RANK * self.lora,
             world=self.gpus, zero_stage=ENGINES[self.engine], offload=self.engine == "zero3_offload",
-            vllm_gpu_memory_utilization=self.vllm[1] if self.rollout == "vllm_colocate" else 0.0,
-            machine=Machine(2048 * GIB, 2048 * GIB, 10000 * GIB, CARD, CARD),
+            vllm_gpu_memory_utilization=share, machine=Machine(2048 * GIB, 2048 * GIB, 10000 * GIB, CARD, CARD),
         )  # fmt: skip
+
+    @property
+    def eval_batch(self) -> int:
+        """eval.batch_size: completions that transformers can generate at once beside what training holds; 0: it cannot."""
+        beside = self.vllm[1] * CARD if self.rollout == "vllm_colocate" else 0
+        counts = (1 << n for n in range(10, 3, -1))
+        fitting = (n for n in counts if self._estimate("hf", n, 0.0).phases["rollout"] + beside <= 0.9 * CARD)
+        return next(fitting, 0)
 
     def step(self, hardware: Hardware = H100) -> Step:
         """Completions are half as long as they may be in the mean, and one of each rollout as long as it may be."""
@@ -128,7 +137,12 @@ class Plan:
             words.append(f"trainer.vllm_gpu_memory_utilization={share:g}")
         words += [f"trainer.per_device_train_batch_size={self.micro_batch}"]
         words += [f"trainer.gradient_accumulation_steps={self.rows // self.micro_batch}"]
-        return " ".join([*words, "trainer.activation_checkpointing=true"])
+        batch = self.eval_batch
+        words += [
+            "trainer.activation_checkpointing=true",
+            f"eval.batch_size={batch}" if batch else "eval.before=false eval.after=false",
+        ]
+        return " ".join(words)
 
 
 def config(model: str) -> PreTrainedConfig:
