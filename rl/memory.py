@@ -12,7 +12,15 @@ from typing import Any, Literal
 
 from rl.errors import ConfigError
 from rl.machine import Machine
-from rl.sizes import Sizes, activation_bytes, kv_cache_bytes, lora_parameters, optimizer_bytes, sizes
+from rl.sizes import (
+    Sizes,
+    activation_bytes,
+    deepspeed_bytes,
+    kv_cache_bytes,
+    lora_parameters,
+    optimizer_bytes,
+    sizes,
+)
 from rl.tiles import TILE
 
 GIB, MIB = 1 << 30, 1 << 20
@@ -27,8 +35,6 @@ _FRAMEWORK_CPU = 510 * MIB
 _GLIBC = 0.25
 _FRAMEWORK_CUDA = 1 * GIB  # context, libraries and their workspaces; not measured
 _DEEPSPEED_CPU = 60 * MIB  # measured (scripts/bench_ranks.py)
-# DeepSpeed's defaults, in numbers: reduce_bucket_size, stage3_max_live_parameters, sub_group_size
-_BUCKET, _LIVE, _SUB_GROUP = 500_000_000, 1_000_000_000, 1_000_000_000
 _SLAB, _FORMED = 64 * MIB, 256 * MIB  # buffers of rl.head
 _GPU_TILE = (4096, 32768)  # tokens and words of TRL's kernel (rl.kernel)
 _KL_TILES, _KL_TILE = 8, 64 * MIB  # backward of the full-vocabulary KL: logits, logp, gradients of rl.scoring's tile
@@ -268,7 +274,8 @@ def _model_items(run: _Run, size: Sizes, adapters: int) -> tuple[dict[str, int],
         "vLLM": int(run.vllm_gpu_memory_utilization * gpu),
     }
     if run.zero_stage:
-        items |= _zero_items(run, n, trained)
+        items |= deepspeed_bytes(run.zero_stage, n, trained, run.world, w, run.device == "cpu")
+        items["gathered weights"] = n * w if run.zero_stage == 3 and not run.rollout.startswith("vllm") else 0
     if not run.offload:
         return items, {}
     away = {"offloaded optimizer state": state, "offloaded gradients": trained * (g + 4) // ranks}
@@ -276,21 +283,6 @@ def _model_items(run: _Run, size: Sizes, adapters: int) -> tuple[dict[str, int],
     if run.device == "cpu":  # the same memory
         return items | {"gradients": away["offloaded gradients"]}, {}
     return items | {"optimizer state": 0, "gradients": 0}, away
-
-
-def _zero_items(run: _Run, parameters: int, trained: int) -> dict[str, int]:
-    """What DeepSpeed holds beside its shards."""
-    part, third = trained // run.world, run.zero_stage == 3
-    bucket = _BUCKET * (1 if third else 2)  # overlap_comm has two in stage 2
-    if run.device == "cpu":
-        bucket = min(trained, _BUCKET)  # what is touched of them
-    gathered = third and not run.rollout.startswith("vllm")
-    return {
-        "reduce buckets": bucket * run.width,
-        "fp32 gradients": 4 * (min(part, _SUB_GROUP) if third else part),
-        "live weights": min(parameters, _LIVE) * run.width if third else 0,
-        "gathered weights": parameters * run.width if gathered else 0,
-    }
 
 
 def _rollout_items(run: _Run, size: Sizes) -> dict[str, int]:

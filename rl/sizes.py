@@ -15,6 +15,9 @@ from transformers.integrations import deepspeed as hf_deepspeed
 
 from rl.errors import ConfigError
 
+# DeepSpeed's defaults, in numbers: stage3_max_live_parameters, reduce_bucket_size, sub_group_size
+LIVE_WEIGHTS, _BUCKET, _SUB_GROUP = 1_000_000_000, 500_000_000, 1_000_000_000
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -132,6 +135,21 @@ def optimizer_bytes(parameters: int, width: int, optim: str, zero_stage: int = 0
     if zero_stage:
         return parameters * (4 + 4 * moments) // world
     return parameters * moments * (1 if "8bit" in optim else width)
+
+
+def deepspeed_bytes(stage: int, parameters: int, trained: int, world: int, width: int, cpu: bool) -> dict[str, int]:
+    """What DeepSpeed holds beside its shards in one process, by item.
+
+    Args:
+        cpu: memory counts only once it is touched, and overlapping buckets take turns.
+    """
+    third = stage == 3
+    bucket = min(trained, _BUCKET) if cpu else _BUCKET * (1 if third else 2)  # overlap_comm has two in stage 2
+    return {
+        "reduce buckets": bucket * width,
+        "fp32 gradients": 4 * (min(trained // world, _SUB_GROUP) if third else trained // world),
+        "live weights": min(parameters, LIVE_WEIGHTS) * width if third else 0,
+    }
 
 
 def activation_bytes(

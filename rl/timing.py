@@ -8,14 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from rl.sizes import Sizes, kv_cache_bytes, lora_parameters, sizes
+from rl.sizes import LIVE_WEIGHTS, Sizes, kv_cache_bytes, lora_parameters, sizes
 
 _SAMPLING_BYTES = 24  # a word of the vocabulary and a token: logits, probabilities, their sums
 _TENSORS_A_LAYER = 12
 _ADAM_BYTES = 28  # a trained fp32 number of DeepSpeed: weight and moments read and written, gradient read
-_LIVE = (
-    1_000_000_000  # DeepSpeed's stage3_max_live_parameters: smaller models stay gathered between forward and backward
-)
 
 
 @dataclass(frozen=True)
@@ -208,7 +205,7 @@ def _gather_time(size: Sizes, trained: int, passes: int, work: Work, collective:
     """ZeRO-3: weights for every forward and, above what may stay, for every backward again."""
     if zero_stage < 3:
         return 0.0
-    again = 2 if size.parameters > _LIVE else 1
+    again = 2 if size.parameters > LIVE_WEIGHTS else 1  # smaller models stay gathered between forward and backward
     return (work.accumulation * again + passes) * collective.all_gather(size.parameters * work.width)
 
 
