@@ -31,7 +31,7 @@ _DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Measured (scripts/bench_memory.py): Python, torch, transformers and trl, and what they keep after a first step on a CPU.
 _FRAMEWORK_CPU = 510 * MIB
 # Measured: glibc keeps freed tensors below 32 MiB in its heap, in holes that the next ones do not fit. A share of all tensors;
-# with LoRA once the activations of all layers, checkpointed or not.
+# with LoRA once the activations of all layers, checkpointed or not; with ZeRO-3 the weights that every forward gathers anew as well.
 _GLIBC = 0.25
 _FRAMEWORK_CUDA = 1 * GIB  # context, libraries and their workspaces; not measured
 _DEEPSPEED_CPU = 60 * MIB  # measured (scripts/bench_ranks.py)
@@ -44,18 +44,25 @@ _CLOSE = 0.9  # of what is available: above that a run is not said to fit
 _PHASES = {
     "rollout": ("KV cache", "sampling", "gathered weights"),
     "forward/backward": ("activations", "loss", "accumulated gradients", "DDP buckets", "live weights"),
+    "reduction": (
+        "gradients",
+        "live weights",
+        "reduce buckets",
+        "reduce copies",
+    ),  # DeepSpeed's, when the backward ends
     "update": ("gradients", "DDP buckets", "fp32 gradients"),
 }
 _ALWAYS = ("framework", "weights", "adapters", "reference weights", "optimizer state", "rollout buffer", "vLLM")
 
 
-def _held(run: _Run, phase: str) -> tuple[str, ...]:
-    """Names of the items held in a phase."""
-    held = (*_ALWAYS, *_PHASES[phase])
-    if run.zero_stage == 3:  # DeepSpeed makes them once and keeps them
-        return tuple(dict.fromkeys((*held, "gradients", "reduce buckets")))
-    # a CPU touches the buckets only as activations are freed
-    return (*held, "reduce buckets") if phase == ("update" if run.device == "cpu" else "forward/backward") else held
+def _phases(run: _Run) -> dict[str, tuple[str, ...]]:
+    """Names of the items held in each phase of the run."""
+    phases = {phase: (*_ALWAYS, *names) for phase, names in _PHASES.items() if run.zero_stage or phase != "reduction"}
+    if run.zero_stage and run.device == "cuda":  # large models fill a bucket before the backward ends
+        phases["forward/backward"] += ("reduce buckets", "reduce copies")
+    if run.zero_stage == 3:  # made once and kept
+        phases = {phase: tuple({*names, "gradients", "reduce buckets"}) for phase, names in phases.items()}
+    return phases
 
 
 @dataclass(frozen=True)
@@ -109,7 +116,7 @@ class MemoryEstimate:
     @property
     def phases(self) -> dict[str, int]:
         """Bytes held in each phase."""
-        return {phase: sum(self.items[name] for name in self._held(phase)) for phase in _PHASES}
+        return {phase: sum(self.items[name] for name in self._held(phase)) for phase in _phases(self.run)}
 
     @property
     def peak_phase(self) -> str:
@@ -159,7 +166,8 @@ class MemoryEstimate:
         return f"{text}: the peak goes from {_gib(self.total)} to {_gib(best.total)}.{also}"
 
     def _held(self, phase: str) -> list[str]:
-        return [name for name in self.items if name in _held(self.run, phase) or name == f"allocator, {phase}"]
+        held = (*_phases(self.run)[phase], f"allocator, {phase}")
+        return [name for name in self.items if name in held]
 
 
 def estimate(
@@ -240,11 +248,12 @@ def _estimate(run: _Run) -> MemoryEstimate:
     items, host = _model_items(run, size, adapters)
     items |= _rollout_items(run, size) | _training_items(run, size, adapted)
     if run.device == "cpu":
-        for phase in _PHASES:
-            items[f"allocator, {phase}"] = int(_GLIBC * sum(items.get(name, 0) for name in _held(run, phase)))
+        for phase, names in _phases(run).items():
+            gathered = items.get("live weights", 0) if "live weights" in names else 0
+            items[f"allocator, {phase}"] = int(_GLIBC * sum(items.get(name, 0) for name in names)) + gathered
         if run.lora_rank:
             every = _training_items(replace(run, checkpointing=False), size, adapted)["activations"]
-            items["allocator, forward/backward"] = every
+            items["allocator, forward/backward"] = every + items.get("live weights", 0)
     else:
         host["model while it is loaded"] = size.parameters * run.width
     cpu = _FRAMEWORK_CPU + (_DEEPSPEED_CPU if run.zero_stage else 0)

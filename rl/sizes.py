@@ -141,12 +141,13 @@ def deepspeed_bytes(stage: int, parameters: int, trained: int, world: int, width
     """What DeepSpeed holds beside its shards in one process, by item.
 
     Args:
-        cpu: memory counts only once it is touched, and overlapping buckets take turns.
+        cpu: memory counts once it is touched, overlapping buckets take turns, and gloo copies what it reduces and scatters.
     """
     third = stage == 3
-    bucket = min(trained, _BUCKET) if cpu else _BUCKET * (1 if third else 2)  # overlap_comm has two in stage 2
+    bucket = (min(trained, _BUCKET) if cpu else _BUCKET) * width
     return {
-        "reduce buckets": bucket * width,
+        "reduce buckets": bucket if cpu or third else 2 * bucket,  # overlap_comm has two in stage 2
+        "reduce copies": 2 * bucket if cpu and third else bucket,
         "fp32 gradients": 4 * (min(trained // world, _SUB_GROUP) if third else trained // world),
         "live weights": min(parameters, LIVE_WEIGHTS) * width if third else 0,
     }

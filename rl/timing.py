@@ -143,7 +143,8 @@ def rollout_time(size: Sizes, body: int, work: Work, hardware: Hardware, world: 
     weights = (body + size.embedding) * _sampling_width(work)
     cache = kv_cache_bytes(size, 1, _sampling_width(work)) * tokens * columns
     if work.rollout == "hf":  # copied to grow by a token, and repeated for every head
-        cache *= 3 + 2 * size.heads / size.kv_heads
+        repeated = size.heads / size.kv_heads
+        cache *= 3 if repeated == 1 else 3 + 2 * repeated
     logits = tokens * size.vocabulary * _SAMPLING_BYTES
     bound = (work.longest * weights + cache + logits) / (hardware.memory * split)
     attention = 4 * size.layers * size.heads * size.head_dim * columns

@@ -106,8 +106,10 @@ def _start_ranks(folder: Path, processes: int) -> None:
         port = s.getsockname()[1]
     ranks = []
     for rank in range(processes):
-        places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-        places |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+        places = {"OMP_NUM_THREADS": 1}
+        if processes > 1:  # alone with a rank it would be wrapped by DDP
+            places |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+            places |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         places |= {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parent)])}
         environ = {**os.environ, **{name: str(value) for name, value in places.items()}}
         with open(folder / f"rank_{rank}.out", "w") as out:
@@ -127,7 +129,7 @@ def work(folder: Path) -> None:
 
     rl.meter.time = rl.trainer.time = SimpleNamespace(perf_counter=time.process_time)
     rl.rank.main([str(folder)])
-    (folder / f"rank_{os.environ['RANK']}.json").write_text(json.dumps({"peak_mb": peak()}))
+    (folder / f"rank_{os.environ.get('RANK', 0)}.json").write_text(json.dumps({"peak_mb": peak()}))
 
 
 def estimated(shape: dict, engine: str, changes: dict, rollout: str) -> dict[str, float]:
@@ -168,24 +170,22 @@ def _work(changes: dict, rollout: str):
 
 
 def calibrated(step_s: float, rollout_s: float):
-    """What this machine achieves, from one run of the 19 M model in one process, and a copy for the bandwidth."""
-    from rl.sizes import sizes
+    """What this machine achieves, from one run of the 19 M model in one process: FLOP/s of its training, bytes/s of its rollout."""
     from rl.timing import Hardware, step_time
 
-    source = torch.ones(1 << 26)
-    seconds = []
-    for _ in range(5):
-        start = time.process_time()
-        source.clone()
-        seconds.append(time.process_time() - start)
-    memory = 2 * source.nbytes / statistics.median(seconds)
-    hardware = Hardware(flops=1.0, memory=memory, link=1.0, network=1.0, host=memory, layer={"hf": 0.0})
+    hardware = Hardware(flops=1e30, memory=1.0, link=1.0, network=1.0, host=1.0, layer={"hf": 0.0})
     work, shape = _work({}, "hf"), config(SMALL)
-    counted = step_time(shape, work, hardware)
-    hardware = replace(hardware, flops=counted.backward / (step_s - rollout_s - counted.optimizer))
-    rest = step_time(shape, work, hardware).rollout
-    layer = max(0.0, rollout_s - rest) / (work.longest * sizes(shape).layers)
-    return replace(hardware, layer={"hf": layer})
+    memory = step_time(shape, work, hardware).decode / rollout_s
+    hardware = replace(hardware, memory=memory)
+    operations = step_time(shape, work, replace(hardware, flops=1.0)).backward
+    flops = operations / (step_s - rollout_s - step_time(shape, work, hardware).optimizer)
+    # the prefill takes operations too
+    for _ in range(20):
+        hardware = replace(hardware, flops=flops, memory=memory)
+        counted = step_time(shape, work, hardware)
+        memory *= counted.decode / (rollout_s - counted.prefill)
+        flops *= counted.backward / (step_s - rollout_s - counted.optimizer)
+    return replace(hardware, flops=flops, memory=memory)
 
 
 def cases(quick: bool, offload: bool) -> dict[str, tuple[dict, str, dict, str]]:
@@ -229,7 +229,6 @@ def main() -> None:
     report("Parts of the estimate of a rank, MB", parts, {}, None)
     if hardware:
         ratios |= {"GFLOP/s": hardware.flops / 1e9, "GB/s": hardware.memory / 1e9}
-        ratios |= {"ms a layer and token": 1e3 * hardware.layer["hf"]}
     report("A rank over gloo, one thread", rows, ratios, args.json)
 
 

@@ -113,6 +113,24 @@ def test_stage_3_keeps_its_gradients_and_buckets_while_sampling():
         rest = found[stage].phases["rollout"] - always - found[stage].items["allocator, rollout"]
         sampling = sum(found[stage].items[name] for name in ("KV cache", "sampling", "gathered weights"))
         assert rest == sampling + kept
+        copies = (1 if stage == 2 else 2) * 4 * n  # gloo makes one of its own
+        items, live = found[stage].items, 4 * n * (stage == 3)
+        held = always + items["gradients"] + 4 * n + copies + live
+        assert items["allocator, reduction"] == (held - items["framework"]) // 4 + live
+        assert found[stage].phases["reduction"] == held + items["allocator, reduction"]
+    assert "reduction" not in estimate(small, **run).phases
+    gpu = estimate(SEVEN, world=8, zero_stage=2, **BIG)
+    buckets = 3 * 2 * 5 * 10**8  # two that overlap, and what is sent
+    names = (
+        "framework",
+        "weights",
+        "optimizer state",
+        "rollout buffer",
+        "activations",
+        "loss",
+        "accumulated gradients",
+    )
+    assert gpu.phases["forward/backward"] == buckets + sum(gpu.items[name] for name in names)
     offloaded = estimate(small, zero_stage=3, offload=True, **run)
     assert offloaded.items["gradients"] == 4 * n and offloaded.items["optimizer state"] == 6 * n and not offloaded.host
 
