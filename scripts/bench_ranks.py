@@ -1,6 +1,6 @@
 """Peak memory and CPU seconds of whole runs under every engine, over gloo on a CPU, against rl.memory and rl.timing.
 
-    python scripts/bench_ranks.py                    # 19 M, 41 M and 115 M parameters; a quarter of an hour
+    python scripts/bench_ranks.py                    # 19 M, 41 M and 115 M parameters; --repeat 1: 25 CPU minutes
     python scripts/bench_ranks.py --quick            # 19 M under ddp and zero3
     python scripts/bench_ranks.py --offload          # zero3_offload too: DeepSpeed compiles its Adam first, for minutes
 

@@ -228,12 +228,16 @@ def strong_table(model: str, completions: int, hardware: Hardware) -> Iterator[s
 
 
 def network_table(models: list[str], hardware: Hardware) -> Iterator[str]:
-    yield "| communication of a step on 64 GPUs, s | engine | " + " | ".join(CARDS) + " |"
+    yield "| 64 GPUs: communication of a step, s | engine | " + " | ".join(CARDS) + " |"
     yield "|---|---|" + "---|" * len(CARDS)
     for model in models:
         found = best(model, 64)
         steps = [found.step(replace(hardware, network=0.8 * card)) for card in CARDS.values()]
-        yield f"| {model.upper()} | {found.engine} | " + " | ".join(_seconds(s.communication) for s in steps) + " |"
+        yield (
+            f"| {model.upper()} | {found.engine} | "
+            + " | ".join(f"{_seconds(s.communication)} of {_seconds(s.total)}" for s in steps)
+            + " |"
+        )
 
 
 def _seconds(x: float) -> str:
@@ -257,9 +261,9 @@ def tables(hardware: Hardware = H100) -> list[str]:
     """All tables of the document."""
     models = list(SHAPES)
     found = [memory_table(gpus, models, ["hf", "vllm_colocate"]) for gpus in ROUTES]
-    found += [time_table(gpus, models, "vllm_colocate", hardware) for gpus in ROUTES]
-    found += [rollout_table("7b", 8, hardware), strong_table("7b", 1024, hardware)]
-    return ["\n".join(table) for table in [*found, network_table(["7b", "32b"], hardware), disk_table(models)]]
+    found += [time_table(8, models, "vllm_colocate", hardware), rollout_table("7b", 8, hardware)]
+    found += [strong_table("7b", 1024, hardware), network_table(["7b", "14b", "32b"], hardware), disk_table(models)]
+    return ["\n".join(table) for table in found]
 
 
 def main() -> None:
