@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from rl.errors import ConfigError
 from rl.machine import Machine
+from rl.phases import phases
 from rl.sizes import (
     Sizes,
     activation_bytes,
@@ -39,30 +40,6 @@ _SLAB, _FORMED = 64 * MIB, 256 * MIB  # buffers of rl.head
 _GPU_TILE = (4096, 32768)  # tokens and words of TRL's kernel (rl.kernel)
 _KL_TILES, _KL_TILE = 8, 64 * MIB  # backward of the full-vocabulary KL: logits, logp, gradients of rl.scoring's tile
 _CLOSE = 0.9  # of what is available: above that a run is not said to fit
-
-# what is held when, beside what is always held
-_PHASES = {
-    "rollout": ("KV cache", "sampling", "gathered weights"),
-    "forward/backward": ("activations", "loss", "accumulated gradients", "DDP buckets", "live weights"),
-    "reduction": (
-        "gradients",
-        "live weights",
-        "reduce buckets",
-        "reduce copies",
-    ),  # DeepSpeed's, when the backward ends
-    "update": ("gradients", "DDP buckets", "fp32 gradients"),
-}
-_ALWAYS = ("framework", "weights", "adapters", "reference weights", "optimizer state", "rollout buffer", "vLLM")
-
-
-def _phases(run: _Run) -> dict[str, tuple[str, ...]]:
-    """Names of the items held in each phase of the run."""
-    phases = {phase: (*_ALWAYS, *names) for phase, names in _PHASES.items() if run.zero_stage or phase != "reduction"}
-    if run.zero_stage and run.device == "cuda":  # large models fill a bucket before the backward ends
-        phases["forward/backward"] += ("reduce buckets", "reduce copies")
-    if run.zero_stage == 3:  # made once and kept
-        phases = {phase: tuple({*names, "gradients", "reduce buckets"}) for phase, names in phases.items()}
-    return phases
 
 
 @dataclass(frozen=True)
@@ -116,7 +93,10 @@ class MemoryEstimate:
     @property
     def phases(self) -> dict[str, int]:
         """Bytes held in each phase."""
-        return {phase: sum(self.items[name] for name in self._held(phase)) for phase in _phases(self.run)}
+        return {
+            phase: sum(self.items[name] for name in self._held(phase))
+            for phase in phases(self.run.zero_stage, self.run.device)
+        }
 
     @property
     def peak_phase(self) -> str:
@@ -166,7 +146,7 @@ class MemoryEstimate:
         return f"{text}: the peak goes from {_gib(self.total)} to {_gib(best.total)}.{also}"
 
     def _held(self, phase: str) -> list[str]:
-        held = (*_phases(self.run)[phase], f"allocator, {phase}")
+        held = (*phases(self.run.zero_stage, self.run.device)[phase], f"allocator, {phase}")
         return [name for name in self.items if name in held]
 
 
@@ -248,7 +228,7 @@ def _estimate(run: _Run) -> MemoryEstimate:
     items, host = _model_items(run, size, adapters)
     items |= _rollout_items(run, size) | _training_items(run, size, adapted)
     if run.device == "cpu":
-        for phase, names in _phases(run).items():
+        for phase, names in phases(run.zero_stage, run.device).items():
             gathered = items.get("live weights", 0) if "live weights" in names else 0
             items[f"allocator, {phase}"] = int(_GLIBC * sum(items.get(name, 0) for name in names)) + gathered
         if run.lora_rank:
