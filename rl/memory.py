@@ -12,7 +12,16 @@ from typing import Any, Literal
 
 from rl.errors import ConfigError
 from rl.machine import Machine
-from rl.sizes import Sizes, activation_bytes, kv_cache_bytes, lora_parameters, optimizer_bytes, sizes
+from rl.phases import phases
+from rl.sizes import (
+    Sizes,
+    activation_bytes,
+    deepspeed_bytes,
+    kv_cache_bytes,
+    lora_parameters,
+    optimizer_bytes,
+    sizes,
+)
 from rl.tiles import TILE
 
 GIB, MIB = 1 << 30, 1 << 20
@@ -23,9 +32,10 @@ _DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Measured (scripts/bench_memory.py): Python, torch, transformers and trl, and what they keep after a first step on a CPU.
 _FRAMEWORK_CPU = 510 * MIB
 # Measured: glibc keeps freed tensors below 32 MiB in its heap, in holes that the next ones do not fit. A share of all tensors;
-# with LoRA once the activations of all layers, checkpointed or not.
+# with LoRA once the activations of all layers, checkpointed or not; with ZeRO-3 the weights that every forward gathers anew as well.
 _GLIBC = 0.25
 _FRAMEWORK_CUDA = 1 * GIB  # context, libraries and their workspaces; not measured
+_DEEPSPEED_CPU = 60 * MIB  # measured (scripts/bench_ranks.py)
 _SLAB, _FORMED = 64 * MIB, 256 * MIB  # buffers of rl.head
 _GPU_TILE = (4096, 32768)  # tokens and words of TRL's kernel (rl.kernel)
 _KL_TILES, _KL_TILE = 8, 64 * MIB  # backward of the full-vocabulary KL: logits, logp, gradients of rl.scoring's tile
@@ -33,14 +43,6 @@ _QLORA_BITS = (
     4 + (8 + 32 / 256) / 64
 )  # configs/peft/qlora.yaml: a scale of 8 bits for 64 weights, and one for 256 scales
 _CLOSE = 0.9  # of what is available: above that a run is not said to fit
-
-# what is held when, beside what is always held
-_PHASES = {
-    "rollout": ("KV cache", "sampling", "gathered weights", "a dequantised layer"),
-    "forward/backward": ("activations", "loss", "accumulated gradients", "DDP buckets", "a dequantised layer"),
-    "update": ("gradients", "DDP buckets"),
-}
-_ALWAYS = ("framework", "weights", "adapters", "reference weights", "optimizer state", "rollout buffer", "vLLM")
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,10 @@ class MemoryEstimate:
     @property
     def phases(self) -> dict[str, int]:
         """Bytes held in each phase."""
-        return {phase: sum(self.items[name] for name in self._held(phase)) for phase in _PHASES}
+        return {
+            phase: sum(self.items[name] for name in self._held(phase))
+            for phase in phases(self.run.zero_stage, self.run.device)
+        }
 
     @property
     def peak_phase(self) -> str:
@@ -145,7 +150,8 @@ class MemoryEstimate:
         return f"{text}: the peak goes from {_gib(self.total)} to {_gib(best.total)}.{also}"
 
     def _held(self, phase: str) -> list[str]:
-        return [name for name in self.items if name in _ALWAYS + _PHASES[phase] or name == f"allocator, {phase}"]
+        held = (*phases(self.run.zero_stage, self.run.device)[phase], f"allocator, {phase}")
+        return [name for name in self.items if name in held]
 
 
 def estimate(
@@ -236,16 +242,17 @@ def _estimate(run: _Run) -> MemoryEstimate:
     adapters, adapted = lora_parameters(run.config, run.lora_rank, run.lora_targets) if run.lora_rank else (0, 0)
     items, host = _model_items(run, size, adapters)
     items |= _rollout_items(run, size) | _training_items(run, size, adapted)
-    items["framework"] = _FRAMEWORK_CPU if run.device == "cpu" else _FRAMEWORK_CUDA
     if run.device == "cpu":
-        always = sum(items.get(name, 0) for name in _ALWAYS) - _FRAMEWORK_CPU
-        for phase, names in _PHASES.items():
-            items[f"allocator, {phase}"] = int(_GLIBC * (always + sum(items.get(name, 0) for name in names)))
+        for phase, names in phases(run.zero_stage, run.device).items():
+            gathered = items.get("live weights", 0) if "live weights" in names else 0
+            items[f"allocator, {phase}"] = int(_GLIBC * sum(items.get(name, 0) for name in names)) + gathered
         if run.lora_rank:
             every = _training_items(replace(run, checkpointing=False), size, adapted)["activations"]
-            items["allocator, forward/backward"] = every
+            items["allocator, forward/backward"] = every + items.get("live weights", 0)
     else:
         host["model while it is loaded"] = size.parameters * run.width
+    cpu = _FRAMEWORK_CPU + (_DEEPSPEED_CPU if run.zero_stage else 0)
+    items["framework"] = cpu if run.device == "cpu" else _FRAMEWORK_CUDA
     return MemoryEstimate(items, host, run)
 
 
@@ -267,14 +274,22 @@ def _model_items(run: _Run, size: Sizes, adapters: int) -> tuple[dict[str, int],
         "a dequantised layer": size.hidden * size.intermediate * run.compute_width if run.linear_bits else 0,
         "adapters": adapters * adapter_width // part,
         "reference weights": copies,
-        "optimizer state": 0 if run.offload else state,
+        "optimizer state": state,
         "gradients": gradients,
-        "accumulated gradients": gradients if run.accumulation > 1 else 0,
+        "accumulated gradients": gradients if run.accumulation > 1 and run.zero_stage < 3 else 0,
         "DDP buckets": trained * g if run.world > 1 and not run.zero_stage else 0,
-        "gathered weights": 0 if run.rollout.startswith("vllm") else weights - weights // part,
         "vLLM": int(run.vllm_gpu_memory_utilization * gpu),
     }
-    return items, {"offloaded optimizer state": state if run.offload else 0}
+    if run.zero_stage:
+        items |= deepspeed_bytes(run.zero_stage, n, trained, run.world, w, run.device == "cpu")
+        items["gathered weights"] = weights if run.zero_stage == 3 and not run.rollout.startswith("vllm") else 0
+    if not run.offload:
+        return items, {}
+    away = {"offloaded optimizer state": state, "offloaded gradients": trained * (g + 4) // ranks}
+    items |= {"fp32 gradients": 0, "accumulated gradients": 0}
+    if run.device == "cpu":  # the same memory
+        return items | {"gradients": away["offloaded gradients"]}, {}
+    return items | {"optimizer state": 0, "gradients": 0}, away
 
 
 def _rollout_items(run: _Run, size: Sizes) -> dict[str, int]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,9 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations import deepspeed as hf_deepspeed
 
 from rl.errors import ConfigError
+
+# DeepSpeed's defaults, in numbers: stage3_max_live_parameters, reduce_bucket_size, sub_group_size
+LIVE_WEIGHTS, _BUCKET, _SUB_GROUP = 1_000_000_000, 500_000_000, 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,21 @@ class Sizes:
     qk_norm: bool
 
 
+def _once(count: Callable[..., Any]) -> Callable[..., Any]:
+    """A large model takes a second to count, and advice counts it often; configurations that read the same have the same sizes."""
+    known: dict[str, Any] = {}
+
+    @functools.wraps(count)
+    def counted(config: Any, *args: Any) -> Any:
+        key = f"{config.to_json_string(use_diff=False)} {args}"
+        if key not in known:
+            known[key] = count(config, *args)
+        return known[key]
+
+    return counted
+
+
+@_once
 def sizes(config: Any) -> Sizes:
     """The sizes of a transformers configuration; parameters are counted on the model itself, without memory for its weights.
 
@@ -62,6 +81,7 @@ def sizes(config: Any) -> Sizes:
     )
 
 
+@_once
 def lora_parameters(config: Any, rank: int, targets: str | Sequence[str] = "all-linear") -> tuple[int, int]:
     """Parameters of the adapters that peft makes, and how many linear layers get one: ``rank (in + out)`` each.
 
@@ -126,6 +146,22 @@ def optimizer_bytes(parameters: int, width: int, optim: str, zero_stage: int = 0
     if zero_stage:
         return parameters * (4 + 4 * moments) // world
     return parameters * moments * (1 if "8bit" in optim else width)
+
+
+def deepspeed_bytes(stage: int, parameters: int, trained: int, world: int, width: int, cpu: bool) -> dict[str, int]:
+    """What DeepSpeed holds beside its shards in one process, by item.
+
+    Args:
+        cpu: memory counts once it is touched, overlapping buckets take turns, and gloo copies what it reduces and scatters.
+    """
+    third = stage == 3
+    bucket = (min(trained, _BUCKET) if cpu else _BUCKET) * width
+    return {
+        "reduce buckets": bucket if cpu or third else 2 * bucket,  # overlap_comm has two in stage 2
+        "reduce copies": 2 * bucket if cpu and third else bucket,
+        "fp32 gradients": 4 * (min(trained // world, _SUB_GROUP) if third else trained // world),
+        "live weights": min(parameters, LIVE_WEIGHTS) * width if third else 0,
+    }
 
 
 def activation_bytes(

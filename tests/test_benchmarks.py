@@ -71,3 +71,17 @@ def test_the_report_is_a_file_of_rows_and_ratios(tmp_path, capsys):
         "ratios": {"time": 2.0},
     }
     assert "time" in capsys.readouterr().out and not (tmp_path / "out.json.partial").exists()
+
+
+def test_the_time_of_the_run_it_is_calibrated_on_is_predicted_exactly():
+    import bench_ranks
+
+    hardware = bench_ranks.calibrated(step_s=20.0, rollout_s=12.0)
+    chosen = bench_ranks.cases(quick=False, offload=True)
+    found = {name: bench_ranks.predicted(*one, hardware) for name, one in chosen.items()}
+    assert found["19 M, single"] == pytest.approx((20.0, 12.0))
+    assert found["41 M, single"] > found["19 M, single"] and found["19 M, 192 tokens, single"] > found["19 M, single"]
+    parts = {name: bench_ranks.estimated(*one) for name, one in chosen.items()}
+    for held in parts.values():
+        bare = held.pop("without allocator")
+        assert held.pop("estimate") > bare == pytest.approx(sum(held.values()))

@@ -84,9 +84,55 @@ def test_zero_shards_state_then_gradients_then_weights():
     assert [f["gradients"] for f in found] == [2 * n, 2 * n, 2 * n // 8, 2 * n // 8]
     assert [f["optimizer state"] for f in found] == [4 * n, *[12 * n // 8] * 3]
     assert [f["DDP buckets"] for f in found] == [2 * n, 0, 0, 0]
-    assert found[3]["gathered weights"] == 2 * n - 2 * n // 8  # whole for sampling
+    assert found[3]["gathered weights"] == 2 * n and "gathered weights" not in found[0]  # whole for sampling
+    assert [f.get("reduce buckets", 0) for f in found] == [
+        0,
+        2 * 10**9,
+        2 * 10**9,
+        10**9,
+    ]  # 5e8 numbers, two where they overlap
+    assert [f.get("fp32 gradients", 0) for f in found] == [0, *[4 * n // 8] * 3]
+    assert found[3]["live weights"] == 2 * 10**9 and found[2]["live weights"] == 0
     offloaded = estimate(SEVEN, world=8, zero_stage=2, offload=True, **BIG)
-    assert offloaded.items["optimizer state"] == 0 and offloaded.host["offloaded optimizer state"] == 12 * n // 8
+    assert offloaded.items["optimizer state"] == offloaded.items["gradients"] == offloaded.items["fp32 gradients"] == 0
+    assert (
+        offloaded.host["offloaded optimizer state"] == 12 * n // 8
+        and offloaded.host["offloaded gradients"] == 6 * n // 8
+    )
+
+
+def test_stage_3_keeps_its_gradients_and_buckets_while_sampling():
+    small, run = config(), {**RUN, "world": 2}
+    n = sizes(small).parameters
+    found = {stage: estimate(small, zero_stage=stage, **run) for stage in (2, 3)}
+    assert (
+        found[3].items["live weights"] == 4 * n and found[3].items["reduce buckets"] == 4 * n
+    )  # what a CPU touches of them
+    for stage, kept in ((2, 0), (3, 2 * n + 4 * n)):
+        always = sum(found[stage].items[name] for name in ("framework", "weights", "optimizer state", "rollout buffer"))
+        rest = found[stage].phases["rollout"] - always - found[stage].items["allocator, rollout"]
+        sampling = sum(found[stage].items[name] for name in ("KV cache", "sampling", "gathered weights"))
+        assert rest == sampling + kept
+        copies = (1 if stage == 2 else 2) * 4 * n  # gloo makes one of its own
+        items, live = found[stage].items, 4 * n * (stage == 3)
+        held = always + items["gradients"] + 4 * n + copies + live
+        assert items["allocator, reduction"] == (held - items["framework"]) // 4 + live
+        assert found[stage].phases["reduction"] == held + items["allocator, reduction"]
+    assert "reduction" not in estimate(small, **run).phases
+    gpu = estimate(SEVEN, world=8, zero_stage=2, **BIG)
+    buckets = 3 * 2 * 5 * 10**8  # two that overlap, and what is sent
+    names = (
+        "framework",
+        "weights",
+        "optimizer state",
+        "rollout buffer",
+        "activations",
+        "loss",
+        "accumulated gradients",
+    )
+    assert gpu.phases["forward/backward"] == buckets + sum(gpu.items[name] for name in names)
+    offloaded = estimate(small, zero_stage=3, offload=True, **run)
+    assert offloaded.items["gradients"] == 4 * n and offloaded.items["optimizer state"] == 6 * n and not offloaded.host
 
 
 def test_keys_and_values():
