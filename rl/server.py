@@ -136,7 +136,9 @@ def server_of(cfg: DictConfig) -> Server | None:
         extra=tuple(map(str, server.extra)),
         model=find_model(cfg.model.path),
         revision=cfg.model.revision,
-        dtype=cfg.model.dtype,
+        dtype="bfloat16"
+        if cfg.model.dtype == "float32"
+        else cfg.model.dtype,  # it samples; the training corrects for it
         trust_remote_code=cfg.model.trust_remote_code,
     )
 

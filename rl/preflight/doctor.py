@@ -18,7 +18,7 @@ from rl.memory import estimate, quantized_bits
 from rl.options import batch_algebra
 from rl.pipeline import Pipeline
 from rl.preflight import environment, settings, tasks
-from rl.preflight.loading import check_model
+from rl.preflight.loading import check_model, dtype_of
 from rl.preflight.report import Report, Section
 from rl.preflight.sampling import check_rollouts
 from rl.quiet import quiet
@@ -110,7 +110,8 @@ def check_memory(
     if not gpu:  # the processes of a node share its memory
         here = replace(here, ram_available=here.ram_available // found_engine.processes)
     rollout = cfg.rollout.backend if cfg.rollout.backend != "vllm" else f"vllm_{args.vllm_mode}"
-    dtype = cfg.model.dtype if cfg.model.dtype != "auto" else str(config.dtype or "float32").removeprefix("torch.")
+    # DeepSpeed casts what it gets
+    dtype = "bfloat16" if found_engine.deepspeed and args.bf16 else dtype_of(cfg.model, config)
     lora = cfg.peft if cfg.peft and cfg.peft.get("_target_") == _LORA else None
     found = estimate(
         config,

@@ -31,6 +31,7 @@ _FLASH = {
 def check_model(cfg: DictConfig, section: Section, config: PretrainedConfig) -> None:
     """Note why this model cannot be loaded or adapted as ``cfg`` says."""
     section.attempt(check_attention, cfg.model, config)
+    section.attempt(check_rounding, cfg, config)
     if cfg.trainer.get("router_aux_loss_coef") and not hasattr(config.get_text_config(), "output_router_logits"):
         section.error(
             f"trainer.router_aux_loss_coef={cfg.trainer.router_aux_loss_coef} is for mixtures of experts, which model.path={cfg.model.path} "
@@ -77,6 +78,25 @@ def zero_stage(cfg: DictConfig) -> int:
     return OmegaConf.select(cfg, "engine.deepspeed.zero_optimization.stage") or 0
 
 
+def dtype_of(model: DictConfig, config: PretrainedConfig) -> str:
+    """The dtype of the weights as they are loaded on a GPU."""
+    return model.dtype if model.dtype != "auto" else str(config.dtype or "float32").removeprefix("torch.")
+
+
+def check_rounding(cfg: DictConfig, config: PretrainedConfig) -> None:
+    """Raise ConfigError for weights of 16 bits that the optimizer steps on itself.
+
+    A step of Adam is about the learning rate, and the next number in bf16 after a weight of 0.02 is 0.0001 away: at 1e-6 hardly a
+    weight would ever change. DeepSpeed steps on an fp32 copy, and adapters are fp32.
+    """
+    dtype = dtype_of(cfg.model, config)
+    if torch.cuda.is_available() and not cfg.peft and not cfg.engine.deepspeed and dtype in ("bfloat16", "float16"):
+        raise ConfigError(
+            f"model.dtype={cfg.model.dtype}: steps of {cfg.trainer.learning_rate:g} would be rounded away in weights of 16 bits. Set "
+            "model.dtype=float32 (trainer.bf16 still computes in bf16), or use engine=zero2 or peft=lora, which keep what they train in fp32."
+        )
+
+
 def check_attention(model: DictConfig, config: PretrainedConfig) -> None:
     """Raise ConfigError for an attention that this machine or this model does not have; transformers says so after loading begins."""
     name, key = model.attn_implementation, f"model.attn_implementation={model.attn_implementation}"
@@ -90,7 +110,7 @@ def check_attention(model: DictConfig, config: PretrainedConfig) -> None:
     if kernel or name in _FLASH:
         if not torch.cuda.is_available():
             raise ConfigError(f"{key} needs a GPU that was not found. Use model.attn_implementation=sdpa.")
-        dtype = model.dtype if model.dtype != "auto" else str(config.dtype).removeprefix("torch.")
+        dtype = dtype_of(model, config)
         if dtype not in ("bfloat16", "float16"):
             raise ConfigError(
                 f"{key} needs weights of 16 bits, model.dtype={dtype} has not. Set model.dtype=bfloat16, or use "

@@ -1,14 +1,15 @@
 """What is found about a model before its weights are loaded: quantisation, attention, adapters."""
 
 import pytest
+import torch
 from peft import IA3Config, LoraConfig, PromptTuningConfig
 
 from rl.build import quantization
 from rl.config import compose
 from rl.errors import ConfigError
-from rl.paths import find_model
+from rl.paths import configs_dir, find_model
 from rl.preflight.doctor import model_config
-from rl.preflight.loading import check_adapters, check_attention, check_model, check_quantization
+from rl.preflight.loading import check_adapters, check_attention, check_model, check_quantization, check_rounding
 from rl.preflight.report import Section
 
 
@@ -58,6 +59,23 @@ def test_options_that_this_model_has_no_use_for(config):
         "trainer.router_aux_loss_coef",
         "trainer.sync_ref_model",
     ]
+
+
+def test_steps_that_16_bits_would_round_away(config, gpu):
+    bf16, zero2 = "model.dtype=bfloat16", ["engine=zero2", "engine.processes=1"]
+    with pytest.raises(ConfigError, match=r"steps of 0.0006 would be rounded away .* Set model.dtype=float32"):
+        check_rounding(compose([bf16]), config)
+    for fits in ([], [bf16, "peft=lora"], [bf16, *zero2]):
+        check_rounding(compose(fits), config)
+    weight = torch.full((1,), 0.02, dtype=torch.bfloat16)
+    assert weight + 1e-6 == weight  # what it is about
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in (configs_dir() / "model").glob("*.yaml")))
+def test_every_model_says_how_it_can_be_trained(config, gpu, name):
+    """Small ones wholly on one GPU, large ones with adapters."""
+    large = any(size in name for size in ("7b", "8b")) and "1.7b" not in name
+    check_rounding(compose([f"model={name}", "model.path=x", f"peft={'lora' if large else 'none'}"]), config)
 
 
 def test_what_qlora_does_not_go_with():

@@ -99,7 +99,7 @@ def test_the_server_gets_the_last_gpus_and_the_training_the_others(stub, tmp_pat
     assert gone(worker_of(log)) and module._health(server.url) is not None
     first = log.read_text().splitlines()[0]
     assert first.startswith("devices 7 rank None vllm-serve --model ") and first.endswith("--max_model_len 64")
-    assert f"--port {server.port} --tensor_parallel_size 1 --dtype float32" in first
+    assert f"--port {server.port} --tensor_parallel_size 1 --dtype bfloat16" in first
     assert "answers at" in capsys.readouterr().out
 
 
