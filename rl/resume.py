@@ -52,6 +52,7 @@ class ResumableTrainer(GRPOTrainer):
             )
         self.checkpoints = checkpoints
         self._partial: Path | None = None  # while a checkpoint is written
+        self._began = 0  # the step that this start goes on from
         self._train_sampler = None
 
     def train(self, resume_from_checkpoint: str | None = None):
@@ -70,6 +71,7 @@ class ResumableTrainer(GRPOTrainer):
         steps = gather(torch.tensor([step], device=self.accelerator.device))[0].tolist()
         if len(set(steps)) > 1:
             raise CheckpointError(f"the processes would go on from different steps ({steps}). {_SHARED}")
+        self._began = step
         if rank() == 0:
             self.checkpoints.start(step)
         return super().train(resume_from_checkpoint=resume_from_checkpoint)
@@ -82,13 +84,14 @@ class ResumableTrainer(GRPOTrainer):
         return super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def save_final(self) -> Path:
-        """Write the model as it is now to ``final``, whole or not at all; one of this step stays as it is.
+        """Write the model as it is now to ``final``, whole or not at all; where nothing was trained it stays as it is.
 
         Raises:
             SaveError: it could not be written.
         """
         checkpoints, step = self.checkpoints, self.state.global_step
-        if from_first(checkpoints.final_step() if rank() == 0 else None) != step:
+        there = from_first(checkpoints.final_step() if rank() == 0 else None)
+        if there != step or self._began != step:
             with self._complete(checkpoints.folder / "final"):
                 partial = checkpoints.folder / ".partial-final"
                 self.save_model(str(partial))

@@ -78,9 +78,10 @@ def test_a_processes_number_that_was_counted_stays(tmp_path):
 
 
 def test_half_a_folder_and_an_edited_one_are_named(tmp_path, folder):
-    (folder / "config.yaml").write_text("engine: [")
-    with pytest.raises(CheckpointError, match=r"cannot be used: .*Was it edited"):
-        to_resume(asked(tmp_path))
+    for text, what in (("engine: [", "while parsing"), ("seed: 1", "run is missing")):
+        (folder / "config.yaml").write_text(text)
+        with pytest.raises(CheckpointError, match=rf"cannot be used: {what}.*Was it edited\?"):
+            to_resume(asked(tmp_path))
     (folder / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match="was not written to its end. Delete it"):
         to_resume(asked(tmp_path))
