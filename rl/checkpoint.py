@@ -2,6 +2,7 @@
 
 checkpoints/checkpoint-<step>/entrl.json: step, processes, engine, and size and checksum of every file.
 checkpoints/.partial-checkpoint-<step>/: under way, or left by a save that was killed.
+checkpoints/final/: the model at the end; entrl.json: of which step.
 checkpoints/aside-checkpoint-<step>/: broken, or overtaken when the run went on from an earlier one; for people to delete.
 """
 
@@ -60,7 +61,7 @@ class Checkpoints:
 
     def start(self, step: int) -> None:
         """Before training goes on from ``step`` (0: anew): half-written checkpoints go, later ones are set aside."""
-        for partial in self.folder.glob(".partial-checkpoint-*"):
+        for partial in self.folder.glob(".partial-*"):
             shutil.rmtree(partial, ignore_errors=True)
         for later, path in found(self.folder):
             if later > step:
@@ -100,6 +101,24 @@ class Checkpoints:
         self.discard(step)
         self._prune()
         return path
+
+    def final_step(self) -> int | None:
+        """The step that ``final`` is of, None without one that is whole."""
+        try:
+            return json.loads((self.folder / "final" / MANIFEST).read_text(encoding="utf-8"))["step"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def commit_final(self, written: Path, step: int) -> None:
+        """Once all ranks have written the model into ``written``: give the folder its name, in place of an earlier one."""
+        (written / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
+        write_json(written / MANIFEST, {"step": step})
+        final, old = self.folder / "final", self.folder / ".partial-old"
+        shutil.rmtree(old, ignore_errors=True)
+        if final.exists():
+            final.rename(old)
+        written.rename(final)
+        shutil.rmtree(old, ignore_errors=True)
 
     def newest_good(self, world: int) -> Path | None:
         """The newest checkpoint that is whole, None without any; warns of each broken one.

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from rl.errors import ConfigError, Stopped
+from rl.errors import CheckpointError, ConfigError, Stopped
 from rl.reduce import all_sum, any_rank, rank, world_size
 from rl.samples import Store
 from rl.scoring import score
@@ -140,7 +140,7 @@ def draw(
         stop: asked before each batch on every rank.
 
     Raises:
-        Stopped: ``stop`` said so on some rank; what was drawn stays in ``store``.
+        Stopped: ``stop`` said so on some rank; what was drawn stays in ``store``. CheckpointError: another rank's part is not there.
     """
     batches, ends = plan([len(p) for p in prompts], decoding.batch_size, samples), end_ids(model, tokenizer)
     frames: dict[int, pd.DataFrame] = {}
@@ -166,8 +166,12 @@ def draw(
         return None
     if progress and world > 1:
         progress(Drawn(len(batches), len(batches), *drawn))
-    for number in range(len(batches)):
-        frames[number] = frames[number] if number in frames else store.part(number)
+    for number in set(range(len(batches))) - set(frames):
+        if (part := store.part(number)) is None:  # which concat would leave out without a word
+            raise CheckpointError(
+                f"{store.parts} lacks what another process drew (part {number}). Put run.dir on a file system that all nodes share."
+            )
+        frames[number] = part
     return pd.concat(frames[n] for n in sorted(frames)).sort_values(["problem", "sample"], ignore_index=True)
 
 

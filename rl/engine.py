@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from trl.models import unwrap_model_for_generation
 
 from rl.errors import ConfigError
+from rl.rundir import write_text
 from rl.slurm_site import gpus_per_node
 
 _DEEPSPEED_FILE = "deepspeed.json"  # of a run folder; accelerate wants a file
@@ -110,23 +111,26 @@ def _deepspeed(node: DictConfig) -> dict[str, Any] | None:
 
 
 def write_deepspeed(folder: Path, found: Engine) -> None:
-    """Leave DeepSpeed's configuration in the run folder, where the ranks find it."""
-    if found.deepspeed is not None:
-        from rl.rundir import write_text
-
-        write_text(folder / _DEEPSPEED_FILE, json.dumps(found.deepspeed, indent=2) + "\n")
+    """Leave DeepSpeed's configuration in the run folder, where the ranks find it; config.yaml may have been edited since."""
+    if found.deepspeed is None:
+        return
+    path, text = Path(folder) / _DEEPSPEED_FILE, json.dumps(found.deepspeed, indent=2) + "\n"
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        write_text(path, text)
 
 
 def take_place(environ: MutableMapping[str, str]) -> None:
-    """Derive what torch wants to know of a rank from Slurm, where srun started it and nobody else said."""
-    if "RANK" in environ or "SLURM_PROCID" not in environ:
+    """Derive what torch wants to know of a rank from Slurm, where srun started several and nobody else said."""
+    tasks = int(
+        environ.get("SLURM_STEP_NUM_TASKS", "1")
+    )  # only srun sets it; SLURM_NTASKS is there in a batch script too
+    if "RANK" in environ or tasks == 1:
         return
-    tasks, nodes = int(environ["SLURM_NTASKS"]), int(environ.get("SLURM_NNODES", "1"))
     environ |= {
         "RANK": environ["SLURM_PROCID"],
         "LOCAL_RANK": environ["SLURM_LOCALID"],
         "WORLD_SIZE": str(tasks),
-        "LOCAL_WORLD_SIZE": str(tasks // nodes),
+        "LOCAL_WORLD_SIZE": str(tasks // int(environ.get("SLURM_STEP_NUM_NODES", "1"))),
     }
     environ.setdefault("MASTER_ADDR", "127.0.0.1")
     environ.setdefault("MASTER_PORT", str(20000 + int(environ.get("SLURM_JOB_ID", "0")) % 20000))
@@ -146,6 +150,7 @@ def enter(folder: Path, found: Engine) -> None:
         )
     if found.deepspeed is None:
         return
+    write_deepspeed(folder, found)
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(Path(folder).absolute() / _DEEPSPEED_FILE)
     os.environ["ACCELERATE_DEEPSPEED_ZERO3_INIT"] = "true" if found.stage == 3 else "false"

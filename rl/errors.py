@@ -6,6 +6,8 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from rl.streams import unheard
+
 # Exit codes of every command that trains.
 DONE, CRASHED, MISTAKE, REQUEUE, LEFT = (
     0,
@@ -66,20 +68,21 @@ def user_errors() -> tuple[type[Exception], ...]:
 
 def guarded(work: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     """What ``work(argv)`` returns, or the exit code of how it ended; an error of the user's is printed as one sentence."""
-    try:
-        return work(argv)
-    except KeyboardInterrupt:
-        print("\nentrl: interrupted.", file=sys.stderr)
-        return LEFT
-    except Stopped as stopped:
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(f"\nentrl: {stopped}. Exit code {REQUEUE}: start it again to go on.", file=sys.stderr)
-        return REQUEUE
-    except Exception as error:
-        mine = isinstance(error, user_errors()) and not os.environ.get("ENTRL_DEBUG")
-        if "ENTRL_LAUNCHER" in os.environ:  # a rank: the launcher prints the error of the one that failed first
-            return MISTAKE if mine else CRASHED
-        if not mine:
-            raise
-        print(f"entrl: {error}", file=sys.stderr)
-        return MISTAKE
+    with unheard():
+        try:
+            return work(argv)
+        except KeyboardInterrupt:
+            print("\nentrl: interrupted.", file=sys.stderr)
+            return LEFT
+        except Stopped as stopped:
+            if int(os.environ.get("RANK", "0")) == 0:
+                print(f"\nentrl: {stopped}. Exit code {REQUEUE}: start it again to go on.", file=sys.stderr)
+            return REQUEUE
+        except Exception as error:
+            mine = isinstance(error, user_errors()) and not os.environ.get("ENTRL_DEBUG")
+            if "ENTRL_LAUNCHER" in os.environ:  # a rank: the launcher prints the error of the one that failed first
+                return MISTAKE if mine else CRASHED
+            if not mine:
+                raise
+            print(f"entrl: {error}", file=sys.stderr)
+            return MISTAKE

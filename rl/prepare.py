@@ -63,17 +63,36 @@ def write(cfg: DictConfig, overrides: Sequence[str], argv: Sequence[str], found:
     return folder
 
 
+_NODES = (
+    "run",
+    "engine",
+    "model",
+    "data",
+    "reward",
+    "plugin",
+    "trainer",
+    "rollout",
+    "checkpoint",
+    "eval",
+    "record",
+    "logger",
+)
+
+
 def read(folder: Path) -> DictConfig:
     """The configuration of a run folder.
 
     Raises:
-        CheckpointError: it is no run folder, or its config.yaml is no YAML.
+        CheckpointError: it is no run folder, or its config.yaml is no configuration.
     """
     path = rundir.prepared(Path(folder)) / "config.yaml"
     try:
-        return OmegaConf.load(path)
+        cfg = OmegaConf.load(path)
     except (yaml.YAMLError, OSError) as error:
         raise CheckpointError(f"{path} cannot be used: {str(error).splitlines()[0]}. Was it edited?") from error
+    if missing := [node for node in _NODES if node not in cfg]:
+        raise CheckpointError(f"{path} cannot be used: {missing[0]} is missing. Was it edited?")
+    return cfg
 
 
 # what may differ when a run goes on: nothing of it changes what is computed

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 
 
 def settle_environment() -> None:
-    """Before torch and transformers are imported: what they read from the environment once."""
+    """Before torch and transformers are imported: what they read from the environment once, and where a person's own code is.
+
+    That is the current folder, for rewards and methods by import path, behind everything else: a ``data`` in it must not hide ours.
+    """
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")

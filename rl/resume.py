@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from trl import GRPOTrainer
 
 from rl.checkpoint import Checkpoints, check_processes, manifest_of
 from rl.errors import CheckpointError, ConfigError, SaveError
-from rl.reduce import barrier, gather, rank, world_size
+from rl.reduce import barrier, from_first, gather, rank, world_size
 
 _SHARED = "Put run.dir on a file system that all nodes share."
 
@@ -50,6 +52,7 @@ class ResumableTrainer(GRPOTrainer):
             )
         self.checkpoints = checkpoints
         self._partial: Path | None = None  # while a checkpoint is written
+        self._began = 0  # the step that this start goes on from
         self._train_sampler = None
 
     def train(self, resume_from_checkpoint: str | None = None):
@@ -68,6 +71,7 @@ class ResumableTrainer(GRPOTrainer):
         steps = gather(torch.tensor([step], device=self.accelerator.device))[0].tolist()
         if len(set(steps)) > 1:
             raise CheckpointError(f"the processes would go on from different steps ({steps}). {_SHARED}")
+        self._began = step
         if rank() == 0:
             self.checkpoints.start(step)
         return super().train(resume_from_checkpoint=resume_from_checkpoint)
@@ -79,30 +83,62 @@ class ResumableTrainer(GRPOTrainer):
         self.control.should_log |= self.control.should_save
         return super()._maybe_log_save_evaluate(*args, **kwargs)
 
+    def save_final(self) -> Path:
+        """Write the model as it is now to ``final``, whole or not at all; where nothing was trained it stays as it is.
+
+        Raises:
+            SaveError: it could not be written.
+        """
+        checkpoints, step = self.checkpoints, self.state.global_step
+        there = from_first(checkpoints.final_step() if rank() == 0 else None)
+        if there != step or self._began != step:
+            with self._complete(checkpoints.folder / "final"):
+                partial = checkpoints.folder / ".partial-final"
+                self.save_model(str(partial))
+                barrier()
+                if rank() == 0:
+                    checkpoints.commit_final(partial, step)
+            barrier()
+        return checkpoints.folder / "final"
+
+    def save_here(self) -> None:
+        """A checkpoint of this step, where there is none."""
+        there = (self.checkpoints.folder / f"checkpoint-{self.state.global_step}").is_dir()
+        if not from_first(there if rank() == 0 else None):
+            self._save_checkpoint(self.model, None)
+
     def _save_checkpoint(self, model, trial):
         """All ranks write into a partial folder, which becomes the checkpoint once it is whole."""
         step, checkpoints = self.state.global_step, self.checkpoints
         try:
-            if rank() == 0:
-                checkpoints.open(step)
-            barrier()
-            self._partial = checkpoints.partial(step)
-            super()._save_checkpoint(model, trial)
-            write_state(self._partial / f"checkpoint-{step}", rank(), self._state())
-            barrier()
-            if rank() == 0:
-                check_complete(self._partial / f"checkpoint-{step}", world_size())
-                checkpoints.commit(step, world_size(), self._facts())
-        except (OSError, RuntimeError, SafetensorError) as error:
+            with self._complete(checkpoints.folder / f"checkpoint-{step}"):
+                if rank() == 0:
+                    checkpoints.open(step)
+                barrier()
+                self._partial = checkpoints.partial(step)
+                super()._save_checkpoint(model, trial)
+                write_state(self._partial / f"checkpoint-{step}", rank(), self._state())
+                barrier()
+                if rank() == 0:
+                    check_complete(self._partial / f"checkpoint-{step}", world_size())
+                    checkpoints.commit(step, world_size(), self._facts())
+        except SaveError:
             checkpoints.discard(step)
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-            raise SaveError(
-                f"{checkpoints.folder}/checkpoint-{step} could not be written: {reason}. Those before it are untouched. "
-                "Where the disk is full make room (checkpoint.keep_last= keeps fewer), then resume."
-            ) from error
+            raise
         finally:
             self._partial = None
         barrier()
+
+    @contextmanager
+    def _complete(self, path: Path) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, RuntimeError, SafetensorError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+            raise SaveError(
+                f"{path} could not be written: {reason}. Checkpoints before it are untouched. Where the disk is full make room "
+                "(checkpoint.keep_last= keeps fewer), then resume."
+            ) from error
 
     def _get_output_dir(self, trial):
         return super()._get_output_dir(trial) if self._partial is None else str(self._partial)

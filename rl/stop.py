@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from types import FrameType, TracebackType
@@ -51,4 +52,5 @@ class StopSignal:
             self.received = signal.Signals(number)
             again = " Ctrl-C again leaves at once." if self._interrupted else ""
             text = f"\n{self.received.name}: stopping at the end of this step, with a checkpoint.{again}\n"
-            os.write(2, text.encode())  # a print might interrupt another one, whose stream is not reentrant
+            with contextlib.suppress(OSError):  # the reader of a pipe got the Ctrl-C as well
+                os.write(2, text.encode())  # a print might interrupt another one, whose stream is not reentrant

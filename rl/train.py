@@ -30,7 +30,7 @@ from rl.prepare import check, read, refuse_secrets, to_resume, write
 from rl.quiet import quiet
 from rl.rank import attempt
 from rl.recorder import Recorder
-from rl.reduce import barrier, from_first, leave, rank
+from rl.reduce import from_first, leave, rank
 from rl.rundir import state
 from rl.stop import StopSignal
 from rl.tracking import Tracker, resolve_mode
@@ -247,17 +247,17 @@ def _evaluate_and_train(cfg, folder, trainer, ready: Ready, sets, stop, newest: 
     step, end = trainer.state.global_step, ready.args.max_steps
     if stop.agreed and step < end:
         raise Stopped(f"{stop} at step {step} of {end}")
-    final = str(folder / "checkpoints" / "final")
-    trainer.save_model(final)
-    if rank() == 0:
-        (Path(final) / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
+    final = str(trainer.save_final())
     if ready.problems.size is None and step < end:
         raise ConfigError(
             f"data={cfg.data.name} ended after {step} of {end} steps: a stream is shorter than one rollout takes. Loosen "
             "data.filter, or set data.streaming=false."
         )
-    barrier()
-    after = evaluated("after", final) if cfg.eval.after else {}
+    try:
+        after = evaluated("after", final) if cfg.eval.after else {}
+    except Stopped:
+        trainer.save_here()  # so that only the evaluation goes on
+        raise
     seconds["total"] = time.perf_counter() - started
     metrics = {
         name: {when: e[name].metrics for when, e in (("before", before), ("after", after)) if e} for name in sets

@@ -193,3 +193,22 @@ def test_a_torn_last_line_goes_even_where_its_step_stays(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "x"')
     rewind(tmp_path, 5)
     assert [json.loads(each) for each in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [{"step": 1}]
+
+
+def test_the_final_model_is_whole_or_the_one_before(tmp_path):
+    checkpoints = Checkpoints(tmp_path, every=None, keep_last=None)
+    assert checkpoints.final_step() is None
+    for step in (3, 5):
+        partial = tmp_path / ".partial-final"
+        partial.mkdir()
+        for name in ("model.safetensors", "training_args.bin"):
+            (partial / name).write_text(str(step))
+        checkpoints.commit_final(partial, step)
+        assert checkpoints.final_step() == step and (tmp_path / "final" / "model.safetensors").read_text() == str(step)
+    assert [path.name for path in tmp_path.iterdir()] == ["final"]
+    assert not (tmp_path / "final" / "training_args.bin").exists()
+    (tmp_path / ".partial-final").mkdir()
+    checkpoints.start(5)
+    assert [path.name for path in tmp_path.iterdir()] == ["final"]
+    (tmp_path / "final" / "entrl.json").write_text("torn")
+    assert checkpoints.final_step() is None

@@ -1,5 +1,7 @@
 """Engines: what a configuration means, what a rank finds in its environment, what is refused."""
 
+import json
+import os
 from contextlib import contextmanager
 
 import pytest
@@ -63,23 +65,37 @@ def test_deepspeed_missing_is_one_sentence(monkeypatch):
 
 
 def test_a_place_comes_from_slurm_only_where_nobody_else_gave_one():
-    slurm = {
-        "SLURM_PROCID": "5",
-        "SLURM_LOCALID": "1",
-        "SLURM_NTASKS": "8",
-        "SLURM_NNODES": "2",
-        "SLURM_JOB_ID": "71234",
-    }
+    step = {"SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "2"}
+    slurm = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "71234", **step}
     environ = dict(slurm)
     take_place(environ)
     found = {k: environ[k] for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")}
     assert list(found.values()) == ["5", "1", "8", "4", str(20000 + 71234 % 20000)]
-    given = {**slurm, "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "node7"}
-    take_place(given)
-    assert given["RANK"] == "0" and "LOCAL_WORLD_SIZE" not in given
     named = {**slurm, "MASTER_ADDR": "node7", "MASTER_PORT": "1234"}
     take_place(named)
     assert (named["MASTER_ADDR"], named["MASTER_PORT"]) == ("node7", "1234")
+    given = {**slurm, "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "node7"}
+    in_the_batch_script = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "71234"}
+    for environ in (given, in_the_batch_script, {**slurm, "SLURM_STEP_NUM_TASKS": "1"}, {}):
+        before = dict(environ)
+        take_place(environ)
+        assert environ == before
+
+
+def test_deepspeed_gets_what_the_configuration_says_now(tmp_path, monkeypatch):
+    pytest.importorskip("deepspeed")
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("USE_DEEPSPEED", "DEEPSPEED_CONFIG_FILE", "DEEPSPEED_ZERO3_INIT"):
+        monkeypatch.setenv(f"ACCELERATE_{name}", "")
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    for stage in (2, 3):
+        found = of("engine=zero3", "engine.processes=1", f"engine.deepspeed.zero_optimization.stage={stage}")
+        enter(tmp_path, found)
+        assert json.loads((tmp_path / "deepspeed.json").read_text())["zero_optimization"]["stage"] == stage
+        assert os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] == str(tmp_path / "deepspeed.json")
+        assert os.environ["ACCELERATE_DEEPSPEED_ZERO3_INIT"] == ("true" if stage == 3 else "false")
+        assert os.environ["WORLD_SIZE"] == "1" and os.environ["MASTER_PORT"]
 
 
 def test_another_number_of_processes_than_prepared_is_refused(tmp_path, monkeypatch):

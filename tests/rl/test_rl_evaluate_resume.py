@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from data import countdown
 from rewards.countdown import final_answers, solved
 from rl.draw import Decoding
+from rl.errors import CheckpointError
 from rl.evaluate import Kept, evaluate
 from rl.samples import Store, model_fact
 from tiny import save_model
@@ -192,3 +193,10 @@ def test_adapters_stand_for_their_base_model_as_well(tmp_path):
     (base / "model.safetensors").write_bytes(b"12")
     assert model_fact(str(adapters), None) != before
     assert model_fact("org/name", "abc") != model_fact("org/name", "abd")
+
+
+def test_a_part_of_another_rank_that_did_not_arrive_is_no_smaller_table(folder, tmp_path, monkeypatch):
+    """Two ranks on two machines whose run.dir is not the same folder: each finds its own parts only."""
+    monkeypatch.setattr("rl.draw.world_size", lambda: 2)
+    with pytest.raises(CheckpointError, match="lacks what another process drew .part 1.*all nodes share"):
+        run(folder, tmp_path)

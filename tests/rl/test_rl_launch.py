@@ -3,15 +3,15 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 
+from rl.checkpoint import newest_good
+from rl.cli import main
 from rl.errors import DONE, LEFT, REQUEUE
 from rl.rundir import state
-from runs import SMALL, TWO, assert_equal_runs, environment, finish, lines, start, wait_for_step
+from runs import SMALL, TWO, assert_equal_runs, finish, lines, start, wait_for_step
 
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "rl.rank")
 
@@ -31,33 +31,40 @@ def stopped_after(folder, number, step, *overrides):
         process.kill()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_with_a_checkpoint_and_resume_ends_as_if_nothing_had_been(tmp_path, number):
-    """Two epochs of the data, so the order of the second one has to be found again."""
+def test_a_signal_ends_with_a_checkpoint_and_resume_ends_as_if_nothing_had_been(tmp_path, capsys):
+    """Two epochs of the data, so the order of the second one has to be found again. While it goes on nobody else may."""
     straight, other = tmp_path / "straight", tmp_path / "other"
-    steps = ["trainer.max_steps=80", "checkpoint.every=30"]
-    assert finish("rl.cli", *train(straight, *steps), out=tmp_path / "straight.txt")[0] == DONE
-    code, said = stopped_after(other, number, 33, *steps)
-    assert code == REQUEUE and f"{number.name}: stopping at the end of this step" in said
+    steps = ["trainer.max_steps=50", "checkpoint.every=20", "engine.threads=1"]
+    assert main(train(straight, *steps)) == DONE
+    process = start("rl.cli", *train(other, *steps), out=tmp_path / "other.txt")
+    try:
+        wait_for_step(other, 1, process)
+        process.send_signal(signal.SIGSTOP)  # it might be done before the next line is
+        assert main(["resume", str(other)]) == 2
+        assert "is being trained by another process" in capsys.readouterr().err and state(other) == "open"
+        process.send_signal(signal.SIGCONT)
+        wait_for_step(other, 23, process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(120) == REQUEUE
+    finally:
+        process.kill()
+    assert "SIGTERM: stopping at the end of this step" in (tmp_path / "other.txt").read_text()
     assert state(other) == "stopped" and f"entrl resume {other}" in (other / "STOPPED").read_text()
     at = len(lines(other))
-    assert 33 <= at < 80 and (other / "checkpoints" / f"checkpoint-{at}").is_dir()
+    assert 23 <= at < 50 and (other / "checkpoints" / f"checkpoint-{at}").is_dir()
     again = [*train(other, *steps), "resume=auto"]
     code, said = finish("rl.cli", *again, out=tmp_path / "again.txt")
     assert code == DONE and f"checkpoint-{at}" in said and state(other) == "done"
     assert_equal_runs(straight, other)
-    assert finish("rl.cli", *again, out=tmp_path / "done.txt") == (
-        DONE,
-        f"{other} is finished: 80 steps. Nothing to do.\n",
-    )
-    code, said = finish("rl.cli", *again, "seed=7", out=tmp_path / "seed.txt")
-    assert code == 2 and "was started with seed=1, not 7" in said and state(other) == "done"
+    capsys.readouterr()
+    assert main(again) == DONE
+    assert capsys.readouterr().out == f"{other} is finished: 50 steps. Nothing to do.\n"
 
 
 def test_two_ranks_under_deepspeed_stop_together_and_go_on_exactly(tmp_path):
     """The launcher hands the signal on; the second start is torchrun's, on the same folder."""
     straight, other = tmp_path / "straight", tmp_path / "other"
-    run = ["engine=zero2", *TWO, "trainer.max_steps=40", "checkpoint.every=null", "eval.before=false"]
+    run = ["engine=zero2", *TWO, "trainer.max_steps=20", "checkpoint.every=null", "eval.before=false"]
     assert finish("rl.cli", *train(straight, *run), out=tmp_path / "straight.txt")[0] == DONE
     code, said = stopped_after(other, signal.SIGUSR1, 5, *run)
     assert code == REQUEUE and state(other) == "stopped", said
@@ -73,7 +80,7 @@ def test_zero_3_trains_and_evaluates_as_one_process_does(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     run = ["trainer.max_steps=2", "plugin=[fork_mask]", "eval.batch_size=2", "data.heldout.count=3"]
     shard = "engine.deepspeed.zero_optimization.stage3_param_persistence_threshold=0"
-    assert finish("rl.cli", *train(one, *run, "trainer.per_device_train_batch_size=32"), out=tmp_path / "1")[0] == DONE
+    assert main(train(one, *run, "trainer.per_device_train_batch_size=32")) == DONE
     code, said = finish("rl.cli", *train(two, *run, "engine=zero3", *TWO, shard), out=tmp_path / "2")
     assert code == DONE, said
     a, b = (json.loads((folder / "summary.json").read_text())["eval"]["before"] for folder in (one, two))
@@ -85,27 +92,23 @@ BROKEN = """
 import os
 def reward(prompts, completions, **columns):
     if os.environ.get("RANK") == "1" and columns["trainer_state"].global_step == 2:
-        {what}
+        raise ValueError("the second rank broke")
     return [float(len(c)) for c in completions]
 """
 
 
-@pytest.mark.parametrize(
-    ("what", "expected", "says"),
-    [
-        ("raise ValueError('the second rank broke')", 2, "the second rank broke"),  # a reward is the user's
-        ("os.kill(os.getpid(), 9)", 1, "killed by SIGKILL"),
-    ],
-)
-def test_the_first_failing_rank_has_the_last_word(tmp_path, what, expected, says):
-    (tmp_path / "broken_reward.py").write_text(BROKEN.format(what=what))
+def test_the_first_failing_rank_has_the_last_word(tmp_path):
+    """The reward lies where the run is started, beside a package that has the name of one of ours."""
+    (tmp_path / "broken_reward.py").write_text(BROKEN)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "__init__.py").write_text("")
     reward = "reward.correct.fn={_target_: broken_reward.reward, _partial_: true}"
     run = train(tmp_path / "run", "engine=ddp", *TWO, "trainer.max_steps=5", "eval.before=false", reward)
-    code, said = finish("rl.cli", *run, out=tmp_path / "out.txt", paths=[str(tmp_path)])
-    assert code == expected, said
+    code, said = finish("rl.cli", *run, out=tmp_path / "out.txt", PYTHONSAFEPATH="1")
+    assert code == 2, said  # a reward is the user's
     last = said[said.rindex("\nrank 1 of 2 ") :]
-    assert says in last and "Connection closed" not in last, said
-    assert state(tmp_path / "run") == "failed" and says in (tmp_path / "run" / "FAILED").read_text()
+    assert "the second rank broke" in last and "Connection closed" not in last, said
+    assert state(tmp_path / "run") == "failed" and "the second rank broke" in (tmp_path / "run" / "FAILED").read_text()
 
 
 def test_a_second_interrupt_leaves_at_once_and_what_is_on_disk_is_whole(tmp_path):
@@ -113,10 +116,9 @@ def test_a_second_interrupt_leaves_at_once_and_what_is_on_disk_is_whole(tmp_path
         "import time\ndef reward(prompts, completions, **columns):\n"
         "    time.sleep(30 if columns['trainer_state'].global_step == 3 else 0)\n    return [float(len(c)) for c in completions]\n"
     )
-    reward = "reward.correct.fn={_target_: slow_reward.reward, _partial_: true}"
-    run = tmp_path / "run"
-    arguments = train(run, "engine=ddp", *TWO, "trainer.max_steps=9", "checkpoint.every=2", "eval.before=false", reward)
-    process = start("rl.cli", *arguments, out=tmp_path / "out.txt", paths=[str(tmp_path)])
+    run, reward = tmp_path / "run", "reward.correct.fn={_target_: slow_reward.reward, _partial_: true}"
+    arguments = train(run, "trainer.max_steps=9", "checkpoint.every=2", "eval.before=false", reward)
+    process = start("rl.cli", *arguments, out=tmp_path / "out.txt")
     try:
         wait_for_step(run, 3, process)
         process.send_signal(signal.SIGINT)
@@ -126,49 +128,22 @@ def test_a_second_interrupt_leaves_at_once_and_what_is_on_disk_is_whole(tmp_path
         assert process.wait(20) == LEFT
     finally:
         process.kill()
-    assert state(run) == "open" and (run / "checkpoints" / "checkpoint-2" / "entrl.json").is_file()
-    ranks = subprocess.run(["pgrep", "-f", f"rl.rank {run}"], capture_output=True, text=True).stdout
-    assert not ranks
-    code, said = finish("rl.cli", "resume", run, out=tmp_path / "again.txt", paths=[str(tmp_path)])
-    assert code == DONE and "checkpoint-2" in said and len(lines(run)) == 9
+    assert state(run) == "open" and newest_good(run / "checkpoints").name == "checkpoint-2"
 
 
-def test_prepare_writes_a_folder_and_says_what_cannot_be_started_here(tmp_path):
-    run = [
-        "prepare",
-        *SMALL,
-        f"run.dir={tmp_path}",
-        "run.name=far",
-        "engine=zero3",
-        "engine.processes=8",
-        "engine.nodes=2",
-    ]
-    # 16 processes x 16 completions
-    done = subprocess.run([sys.executable, "-m", "rl.cli", *run], capture_output=True, text=True, env=environment())
-    assert done.returncode == 0 and done.stdout == f"{tmp_path / 'far'}\n", done.stderr
-    assert sorted(os.listdir(tmp_path / "far")) == [
-        "command.sh",
-        "config.yaml",
-        "deepspeed.json",
-        "manifest.json",
-        "overrides.txt",
-    ]
-    code, said = finish("rl.launch", tmp_path / "far", out=tmp_path / "out.txt")
+def test_prepare_writes_a_folder_and_says_what_cannot_be_started_here(tmp_path, capsys):
+    """16 processes x 16 completions."""
+    far = tmp_path / "far"
+    run = ["prepare", *train(far)[1:], "engine=zero3", "engine.processes=8", "engine.nodes=2"]
+    assert main(run) == 0 and capsys.readouterr().out == f"{far}\n"
+    files = {"command.sh", "config.yaml", "deepspeed.json", "manifest.json", "overrides.txt"}
+    assert set(os.listdir(far)) == files
+    code, said = finish("rl.launch", far, out=tmp_path / "out.txt")
     assert code == 2 and "is for 2 nodes" in said and "--nnodes 2 --nproc-per-node 8" in said
-    code, said = finish("rl.launch", tmp_path, out=tmp_path / "out.txt")
-    assert code == 2 and "is no run folder" in said
+    assert set(os.listdir(far)) == files
 
 
-def test_a_run_that_goes_on_is_not_started_a_second_time(tmp_path):
-    run = tmp_path / "run"
-    process = start("rl.cli", *train(run, "trainer.max_steps=2000", "eval.before=false"), out=tmp_path / "out.txt")
-    try:
-        wait_for_step(run, 1, process)
-        code, said = finish("rl.cli", "resume", run, out=tmp_path / "again.txt")
-        assert code == 2 and "is being trained by another process" in said
-        assert process.poll() is None and state(run) == "open"
-    finally:
-        process.kill()
-    process.wait()
-    code, said = finish("rl.cli", *train(run), out=tmp_path / "torchrun.txt", WORLD_SIZE="2", RANK="0")
-    assert code == 2 and "starts its processes itself" in said
+def test_another_launcher_does_not_start_the_launcher(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(train(tmp_path / "run")) == 2
+    assert "starts its processes itself" in capsys.readouterr().err and not (tmp_path / "run").exists()

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -148,6 +149,38 @@ def test_a_killed_rank_is_named_and_not_the_one_that_mourns(folder, monkeypatch,
     assert start(folder, script) == CRASHED
     assert "rank 1 of 2 was killed by SIGKILL and left no traceback. That is often" in capfd.readouterr().err
     assert (folder / "FAILED").read_text() == "rank 1 was killed by SIGKILL\n"
+
+
+ORPHAN = """
+import os, sys, time
+from pathlib import Path
+from rl.rank import _end_with_the_launcher
+from rl.stop import StopSignal
+with StopSignal() as stop:
+    os.environ["ENTRL_LAUNCHER"] = sys.argv[2]
+    _end_with_the_launcher()
+    Path(sys.argv[1], "ready").touch()
+    end = time.monotonic() + 60
+    while not stop and time.monotonic() < end:
+        time.sleep(0.01)
+    Path(sys.argv[1], "told.new").write_text(str(stop))
+    Path(sys.argv[1], "told.new").rename(Path(sys.argv[1], "told"))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of Linux")
+@pytest.mark.parametrize("launcher", ["$$", "1"])
+def test_a_rank_whose_launcher_was_killed_stops_well(folder, launcher):
+    """The second is too late to be told: its parent is already another process than the one that started it."""
+    (folder / "orphan.py").write_text(ORPHAN)
+    wait = "while [ ! -e ready ]; do sleep 0.05; done; kill -9 $$"
+    command = f"cd {folder}; {sys.executable} orphan.py . {launcher} 2>/dev/null & {wait}"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    assert subprocess.run(["bash", "-c", command], env=env, timeout=60).returncode == -signal.SIGKILL
+    end = time.monotonic() + 60
+    while not (folder / "told").exists() and time.monotonic() < end:
+        time.sleep(0.01)
+    assert (folder / "told").read_text() == "SIGTERM"
 
 
 def test_what_is_no_run_folder_is_not_started(folder, tmp_path):

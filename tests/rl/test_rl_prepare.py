@@ -6,10 +6,10 @@ import sys
 import pytest
 from omegaconf import OmegaConf
 
-from command_line import SMALL, fails, train
+from command_line import SMALL, fails, metrics, train
 from rl.config import compose
 from rl.engine import engine
-from rl.errors import CheckpointError, ConfigError
+from rl.errors import REQUEUE, CheckpointError, ConfigError, Stopped
 from rl.options import batch_algebra
 from rl.preflight.settings import world
 from rl.prepare import prepare, read, refuse_secrets, to_resume, write
@@ -78,9 +78,10 @@ def test_a_processes_number_that_was_counted_stays(tmp_path):
 
 
 def test_half_a_folder_and_an_edited_one_are_named(tmp_path, folder):
-    (folder / "config.yaml").write_text("engine: [")
-    with pytest.raises(CheckpointError, match=r"cannot be used: .*Was it edited"):
-        to_resume(asked(tmp_path))
+    for text, what in (("engine: [", "while parsing"), ("seed: 1", "run is missing")):
+        (folder / "config.yaml").write_text(text)
+        with pytest.raises(CheckpointError, match=rf"cannot be used: {what}.*Was it edited\?"):
+            to_resume(asked(tmp_path))
     (folder / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match="was not written to its end. Delete it"):
         to_resume(asked(tmp_path))
@@ -127,3 +128,39 @@ def test_a_dry_run_of_a_run_that_is_there_starts_nothing(tmp_path, folder, capsy
 
     assert main(["train", f"run.dir={tmp_path}", "run.name=it", "resume=auto", "dry_run=true"]) == 0
     assert f"{folder} would go on from its beginning" in capsys.readouterr().out and not (folder / "logs").exists()
+
+
+def test_a_stop_in_the_evaluation_after_the_training_loses_nothing(tmp_path, capsys, monkeypatch):
+    from rl import train as training
+
+    evaluate, asked = training.evaluate_sets, ["checkpoint.every=null", "eval.before=false", "resume=auto"]
+
+    def stopped(cfg, sets, folder, names, *rest):
+        raise Stopped("a signal while drawing completions")
+
+    monkeypatch.setattr(training, "evaluate_sets", stopped)
+    assert train(tmp_path, *asked) == REQUEUE
+    checkpoints = tmp_path / "it" / "checkpoints"
+    assert {path.name for path in checkpoints.iterdir()} == {"checkpoint-2", "final"}
+    assert "a signal while drawing" in (tmp_path / "it" / "STOPPED").read_text()
+    written = (checkpoints / "final" / "model.safetensors").stat().st_mtime_ns  # what samples are known by
+    monkeypatch.setattr(training, "evaluate_sets", evaluate)
+    assert train(tmp_path, *asked) == 0 and (tmp_path / "it" / "DONE").exists()
+    assert (checkpoints / "final" / "model.safetensors").stat().st_mtime_ns == written
+    assert len(metrics(tmp_path / "it")) == 2 and "after" in (tmp_path / "it" / "summary.json").read_text()
+    assert train(tmp_path, *asked, "trainer.max_steps=3") == 0 and len(metrics(tmp_path / "it")) == 3
+    assert (checkpoints / "final" / "model.safetensors").stat().st_mtime_ns > written
+
+
+def test_a_final_model_that_cannot_be_written_is_one_sentence(tmp_path, capsys, monkeypatch):
+    from rl.trainer import EntropyTrainer
+
+    def full(self, folder, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(EntropyTrainer, "save_model", full)
+    said = fails(
+        capsys, "train", *SMALL, f"run.dir={tmp_path}", "run.name=it", "eval.before=false", "checkpoint.every=null"
+    )
+    assert "checkpoints/final could not be written" in said and "No space left" in said
+    assert (tmp_path / "it" / "FAILED").is_file() and not (tmp_path / "it" / "checkpoints" / "final").exists()
