@@ -131,6 +131,8 @@ def _sweep(arguments: Arguments, argv: Sequence[str]) -> int:
         from rl.sweep.status import cancel, show_status
 
         return show_status(target) if word == "status" else cancel(target)
+    if word is None and not arguments.overrides:
+        raise ConfigError("entrl sweep needs choices, as seed=1,2,3 or sweep=rho. entrl --help lists the named ones.")
     from rl.quiet import quiet
     from rl.sweep.verb import retry, sweep
 

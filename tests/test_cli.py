@@ -202,6 +202,10 @@ def test_words_behind_a_verb():
     assert parse(["slurm", "submit", "--dry-run"]).flags == {"--dry-run": True}
 
 
+def test_a_sweep_without_choices_is_no_sweep(capsys):
+    assert "needs choices, as seed=1,2,3" in fails(capsys, "sweep")
+
+
 def test_a_stream_with_the_default_filters_trains(tmp_path):
     rows = tmp_path / "set.jsonl"
     rows.write_text("\n".join(f'{{"prompt": "1 2 {i} > 7 :", "answer": "7"}}' for i in range(40)))
