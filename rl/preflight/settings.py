@@ -20,6 +20,7 @@ from rl.options import batch_algebra, trainer_flaws
 from rl.paths import find_model
 from rl.pipeline import Pipeline
 from rl.preflight.report import Section
+from rl.scoring import sharded
 from rl.testing import batch_from_logits
 from rl.tracking import resolve_mode
 
@@ -77,6 +78,8 @@ def check_settings(
     plugins = {name: section.attempt(build.make, f"plugin.{name}", node) for name, node in cfg.plugin.items()}
     good = {name: plugin for name, plugin in plugins.items() if plugin is not None}
     pipeline = section.attempt(Pipeline, good)
+    if found is not None and found.stage == 3 and pipeline is not None and "full_kl" in pipeline.needs:
+        section.error(str(sharded("ZeRO-3", "plugin.entropy_band")))
     flaws = list(trainer_flaws(cfg.trainer))
     for flaw in flaws:
         section.error(flaw)

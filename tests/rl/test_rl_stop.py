@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, TrainerControl
 
@@ -27,16 +28,16 @@ with StopSignal() as stop:
 
 def test_the_second_interrupt_leaves_and_nothing_else_does():
     process = subprocess.Popen([sys.executable, "-c", WAITS], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "listens\n"
-    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        process.send_signal(number)
-        try:
-            process.wait(0.2)
-        except subprocess.TimeoutExpired:
-            continue
-        raise AssertionError(f"{number!r} ended it")
-    process.send_signal(signal.SIGINT)
-    assert process.wait(60) == LEFT
+    try:
+        assert process.stdout.readline() == "listens\n"
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            process.send_signal(number)
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(0.2)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == LEFT
+    finally:
+        process.kill()
     assert process.stderr.read() == "\nSIGTERM: stopping at the end of this step, with a checkpoint.\n"
 
 
