@@ -8,6 +8,7 @@ import torch
 import yaml
 
 from rl import engine as engines
+from rl.build import grpo_config
 from rl.config import compose
 from rl.engine import Engine, check_gpus, engine, enter, take_place, whole
 from rl.errors import ConfigError
@@ -52,6 +53,12 @@ def test_processes_default_to_the_gpus_of_this_machine(monkeypatch):
     assert of("engine=zero2", "slurm.gpus_per_node=a100:8", here=False).processes == 8
     with pytest.raises(ConfigError, match="this machine has 4 GPUs"):
         check_gpus(of("engine=zero2", "engine.processes=8"))
+
+
+def test_one_process_trains_on_one_gpu_where_there_are_more(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    args = grpo_config(compose(["trainer.use_cpu=false"]), str(tmp_path), [1.0])
+    assert args.device.type == "cpu" and args.n_gpu == 1 and args.train_batch_size == args.per_device_train_batch_size
 
 
 def test_deepspeed_missing_is_one_sentence(monkeypatch):
