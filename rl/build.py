@@ -285,7 +285,7 @@ def grpo_config(cfg: DictConfig, output_dir: str, weights: list[float], world: i
     if host := os.environ.get("ENTRL_VLLM_HOST"):  # where a job script started the server: known only once the job runs
         options["vllm_server_host"] = host
     try:
-        return kind(
+        made = kind(
             output_dir=output_dir,
             report_to=[],
             disable_tqdm=True,
@@ -298,6 +298,9 @@ def grpo_config(cfg: DictConfig, output_dir: str, weights: list[float], world: i
     except Exception as error:  # an odd value may break anything in there
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"trainer: TRL refuses these options: {reason}") from error
+    if made.n_gpu > 1:
+        made._n_gpu = 1  # one process has one GPU; transformers would take all it sees by torch's DataParallel
+    return made
 
 
 def check_backend(backend: str, args: GRPOConfig, here: bool = True) -> None:

@@ -289,10 +289,15 @@ def refuse_logit_transforms(config, needed_by: str) -> None:
 def refuse_sharded(accelerator: Accelerator, needed_by: str) -> None:
     """Raise ConfigError where no rank has the whole head, which ``full_kl`` reads."""
     zero = getattr(accelerator.state, "deepspeed_plugin", None)
-    stage = 0 if zero is None else zero.zero_stage
-    if stage == 3 or accelerator.distributed_type == DistributedType.FSDP:
-        raise ConfigError(
-            f"{needed_by} needs the full-vocabulary KL, which is not implemented for weights that are sharded (here by "
-            f"{'ZeRO-3' if stage == 3 else 'FSDP'}). Use ZeRO-2 or plain data parallelism, or set its kl_coef=0 and use "
-            "trainer.beta for TRL's sampled KL."
-        )
+    if zero is not None and zero.zero_stage == 3:
+        raise sharded("ZeRO-3", needed_by)
+    if accelerator.distributed_type == DistributedType.FSDP:
+        raise sharded("FSDP", needed_by)
+
+
+def sharded(by: str, needed_by: str) -> ConfigError:
+    """The error for that."""
+    return ConfigError(
+        f"{needed_by} needs the full-vocabulary KL, which is not implemented for weights that are sharded (here by {by}). Use ZeRO-2 or "
+        "plain data parallelism, or set its kl_coef=0 and use trainer.beta for TRL's sampled KL."
+    )

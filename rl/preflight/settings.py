@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +23,7 @@ from rl.pipeline import Pipeline
 from rl.preflight.loading import check_quantization
 from rl.preflight.report import Section
 from rl.preflight.vllm_options import check_vllm
+from rl.scoring import sharded
 from rl.testing import batch_from_logits
 from rl.tracking import resolve_mode
 
@@ -81,6 +81,8 @@ def check_settings(
     plugins = {name: section.attempt(build.make, f"plugin.{name}", node) for name, node in cfg.plugin.items()}
     good = {name: plugin for name, plugin in plugins.items() if plugin is not None}
     pipeline = section.attempt(Pipeline, good)
+    if found is not None and found.stage == 3 and pipeline is not None and "full_kl" in pipeline.needs:
+        section.error(str(sharded("ZeRO-3", "plugin.entropy_band")))
     flaws = list(trainer_flaws(cfg.trainer))
     for flaw in flaws:
         section.error(flaw)
@@ -117,11 +119,6 @@ def check_settings(
         section.attempt(check_optimizer, args)
         if not args.use_vllm:
             section.attempt(check_generation, args)
-        if "full_kl" in pipeline.needs and found.stage == 3:
-            section.error(
-                "A plug-in needs the full-vocabulary KL (plugin.entropy_band.kl_coef above 0), which ZeRO-3 cannot give. Use engine=zero2, or "
-                "set kl_coef=0 and use trainer.beta for TRL's sampled KL."
-            )
         section.attempt(trained_of_group, cfg.rollout.train_share, args)
     return pipeline, args
 

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from rl import engine as engines
 from rl import launch, rundir
+from rl.build import grpo_config
 from rl.config import compose
 from rl.engine import Engine, check_gpus, engine, enter, take_place, whole
 from rl.errors import ConfigError
@@ -56,6 +57,12 @@ def test_processes_default_to_the_gpus_of_this_machine(monkeypatch):
     assert of("engine=zero2", "slurm.gpus_per_node=a100:8", here=False).processes == 8
     with pytest.raises(ConfigError, match="this machine has 4 GPUs"):
         check_gpus(of("engine=zero2", "engine.processes=8"))
+
+
+def test_one_process_trains_on_one_gpu_where_there_are_more(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    args = grpo_config(compose(["trainer.use_cpu=false"]), str(tmp_path), [1.0])
+    assert args.device.type == "cpu" and args.n_gpu == 1 and args.train_batch_size == args.per_device_train_batch_size
 
 
 def test_deepspeed_missing_is_one_sentence(monkeypatch):
@@ -143,7 +150,10 @@ def test_whole_takes_hooks_away_for_the_time_being():
     [
         # 12 completions a rank, groups of 8
         (["reward=[majority_vote]", "trainer.per_device_train_batch_size=12"], "the group is split over ranks"),
-        (["plugin=[entropy_band]", "engine=zero3", "plugin.entropy_band.kl_coef=0.1"], "which ZeRO-3 cannot give"),
+        (
+            ["plugin=[entropy_band]", "engine=zero3", "plugin.entropy_band.kl_coef=0.1"],
+            "not implemented for weights that are sharded .here by ZeRO-3",
+        ),
         (["trainer.per_device_train_batch_size=5"], "10 is not a multiple of 8"),
     ],
 )

@@ -89,26 +89,33 @@ def test_zero_3_trains_and_evaluates_as_one_process_does(tmp_path):
 
 
 BROKEN = """
-import os
+import json, os
 def reward(prompts, completions, **columns):
-    if os.environ.get("RANK") == "1" and columns["trainer_state"].global_step == 2:
+    step = columns["trainer_state"].global_step
+    if step == 1:
+        with open(f"rank_{os.environ['RANK']}", "w") as file:
+            json.dump([prompts, completions], file)
+    if os.environ.get("RANK") == "1" and step == 2:
         raise ValueError("the second rank broke")
     return [float(len(c)) for c in completions]
 """
 
 
 def test_the_first_failing_rank_has_the_last_word(tmp_path):
-    """The reward lies where the run is started, beside a package that has the name of one of ours."""
+    """The reward lies where the run is started, beside a package that has the name of one of ours. Ranks share a prompt."""
     (tmp_path / "broken_reward.py").write_text(BROKEN)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "__init__.py").write_text("")
     reward = "reward.correct.fn={_target_: broken_reward.reward, _partial_: true}"
-    run = train(tmp_path / "run", "engine=ddp", *TWO, "trainer.max_steps=5", "eval.before=false", reward)
+    shared = ["engine=ddp", "engine.processes=2", "trainer.num_generations=32"]
+    run = train(tmp_path / "run", *shared, "trainer.max_steps=5", "eval.before=false", reward)
     code, said = finish("rl.cli", *run, out=tmp_path / "out.txt", PYTHONSAFEPATH="1")
     assert code == 2, said  # a reward is the user's
     last = said[said.rindex("\nrank 1 of 2 ") :]
     assert "the second rank broke" in last and "Connection closed" not in last, said
     assert state(tmp_path / "run") == "failed" and "the second rank broke" in (tmp_path / "run" / "FAILED").read_text()
+    (a, b), (c, d) = (json.loads((tmp_path / f"rank_{rank}").read_text()) for rank in (0, 1))
+    assert a == c and len(set(map(str, a))) == 1 and b != d  # each has random numbers of its own
 
 
 def test_a_second_interrupt_leaves_at_once_and_what_is_on_disk_is_whole(tmp_path):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -67,11 +68,14 @@ def test_the_exit_code_is_that_of_all_ranks(folder):
     assert state(folder) == "open"  # the ranks say how it ended
 
 
-def test_ranks_know_their_place(folder):
-    names = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "PYTHONSAFEPATH", "ENTRL_LAUNCHER"]
+def test_ranks_know_their_place(folder, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    names = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "PYTHONSAFEPATH", "OMP_NUM_THREADS"]
+    names.append("ENTRL_LAUNCHER")
     start(folder, f"(folder / f'place_{{rank}}').write_text(' '.join(os.environ[n] for n in {names}))")
     for rank in (0, 1):
-        assert (folder / f"place_{rank}").read_text() == f"{rank} {rank} 2 2 127.0.0.1 1 {os.getpid()}"
+        assert (folder / f"place_{rank}").read_text() == f"{rank} {rank} 2 2 127.0.0.1 1 3 {os.getpid()}"
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -102,14 +106,13 @@ def test_ranks_that_were_started_do_not_outlive_a_start_that_fails(folder, monke
         return first(self, rank, port)
 
     monkeypatch.setattr(launch.Launcher, "_start", fails)
+    launcher = launch.Launcher(folder, 2, None, [sys.executable, "-c", "import time; time.sleep(60)"])
     with pytest.raises(OSError, match="no more processes"):
-        start(folder, "(folder / 'pid').write_text(str(os.getpid())); time.sleep(60)")
-    if (folder / "pid").exists():
-        with pytest.raises(ProcessLookupError):
-            os.kill(int((folder / "pid").read_text()), 0)
+        launcher.run()
+    assert [process.wait(30) for process in launcher.ranks] == [-signal.SIGKILL]
 
 
-def test_a_second_interrupt_kills(folder, monkeypatch):
+def test_a_second_interrupt_kills_the_ranks_and_what_they_have_started(folder, monkeypatch):
     class Left(BaseException):
         pass
 
@@ -118,10 +121,22 @@ def test_a_second_interrupt_kills(folder, monkeypatch):
 
     monkeypatch.setattr(os, "_exit", leave)
     after(folder / "up_1", signal.SIGINT, signal.SIGINT)
-    began = time.monotonic()
+    works = "listen(); os.fork(); (folder / f'of_{rank}_{os.getpid()}').touch(); (folder / f'up_{rank}').touch(); time.sleep(100)"
     with pytest.raises(Left, match=str(LEFT)):
-        start(folder, "listen(); (folder / f'up_{rank}').touch(); time.sleep(100)")
-    assert time.monotonic() - began < 90
+        start(folder, works)
+    end = time.monotonic() + 30
+    started = [int(path.name.rpartition("_")[2]) for path in folder.glob("of_*")]
+    while any(map(alive, started)) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert len(started) == 4 and not any(map(alive, started))
+
+
+def alive(pid):
+    """Not so of one that is only waited for."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 @pytest.mark.parametrize(("code", "expected"), [(1, CRASHED), (2, MISTAKE)])
@@ -231,6 +246,16 @@ def test_of_two_ranks_that_fail_the_first_one_says_why(folder):
         "logs/attempt_1/rank_0.error",
         "logs/attempt_1/rank_1.error",
     }
+
+
+def test_what_a_later_rank_prints_goes_to_its_log(folder):
+    code = "import os, sys; from pathlib import Path; from rl.rank import attempt\nwith attempt(Path(sys.argv[1]), int(sys.argv[2]), True):"
+    code += "\n    print('a word', flush=True); os.write(2, b'of a library')"
+    for rank, words in ((0, 2), (1, 0)):
+        done = subprocess.run([sys.executable, "-c", code, str(folder), str(rank)], capture_output=True, text=True)
+        assert ("a word" in done.stdout) + ("of a library" in done.stderr) == words
+        log = (folder / "logs" / "attempt_1" / f"rank_{rank}.log").read_text()
+        assert ("a word" in log) + ("of a library" in log) == 2 - words and f"rank {rank}, process" in log
 
 
 def test_a_later_rank_that_is_done_or_stopped_marks_nothing(folder):

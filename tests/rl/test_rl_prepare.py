@@ -116,6 +116,8 @@ def test_what_would_fail_in_the_ranks_is_found_before(tmp_path, capsys):
     split = ["engine=ddp", "engine.processes=4", "trainer.per_device_train_batch_size=4", "reward=[majority_vote]"]
     where = [f"run.dir={tmp_path}/runs", "run.name=it"]
     assert "the group is split over ranks" in fails(capsys, "train", *SMALL[:1], *split, *where)
+    sharded = ["engine=zero3", "engine.processes=2", "plugin=[entropy_band]", "plugin.entropy_band.kl_coef=0.1"]
+    assert "weights that are sharded (here by ZeRO-3)" in fails(capsys, "train", *SMALL, *sharded, *where)
     nodes = ["engine=ddp", "engine.processes=2", "engine.nodes=2"]
     assert "Use entrl slurm submit, or entrl prepare" in fails(capsys, "train", *nodes, *where)
     assert not (tmp_path / "runs").exists()
