@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -136,6 +137,10 @@ def _check_kinds(cfg: DictConfig, section: Section) -> None:
     for key in _FLAGS:
         if not isinstance(value := OmegaConf.select(cfg, key), bool):
             section.error(f"{key}={value} is neither true nor false.")
+    for key in ("logger.init_timeout", "logger.finish_timeout"):
+        value = OmegaConf.select(cfg, key)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+            section.error(f"{key}={value} does not work. Expected seconds above 0.")
     for key in (
         ("seed", "eval.seed")
         if cfg.trainer.get("seed", cfg.seed) == cfg.seed
