@@ -58,7 +58,7 @@ def run(cfg: DictConfig, overrides: Sequence[str], argv: Sequence[str]) -> Path 
         print(f"dry run: {folder} would go on from {newest_good(folder / 'checkpoints') or 'its beginning'}.")
         return None
     if folder is not None:
-        return resume(folder, cfg.trainer.max_steps)
+        return resume(folder)
     found = engine(cfg)
     if found.nodes > 1:
         raise ConfigError(
@@ -88,14 +88,13 @@ def run(cfg: DictConfig, overrides: Sequence[str], argv: Sequence[str]) -> Path 
     return folder
 
 
-def resume(folder: Path, max_steps: int | None = None) -> Path:
+def resume(folder: Path) -> Path:
     """Go on with a run folder from its newest good checkpoint, in this process or as the launcher of several.
 
-    Args:
-        max_steps: what the run is to have in the end; a run that is done and has it is left alone.
+    A run that is done and has all its steps is left alone.
     """
     cfg = read(folder)
-    if state(folder) == "done" and _steps(folder) >= (max_steps or cfg.trainer.max_steps):
+    if state(folder) == "done" and _steps(folder) >= cfg.trainer.max_steps:
         print(f"{folder} is finished: {_steps(folder)} steps. Nothing to do.")
         return folder
     if not _in_place(cfg):

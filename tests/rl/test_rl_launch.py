@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from rl.checkpoint import newest_good
+from rl.checkpoint import manifest_of, newest_good
 from rl.cli import main
 from rl.errors import DONE, LEFT, REQUEUE
 from rl.rundir import state
@@ -68,6 +68,7 @@ def test_two_ranks_under_deepspeed_stop_together_and_go_on_exactly(tmp_path):
     assert finish("rl.cli", *train(straight, *run), out=tmp_path / "straight.txt")[0] == DONE
     code, said = stopped_after(other, signal.SIGUSR1, 5, *run)
     assert code == REQUEUE and state(other) == "stopped", said
+    assert manifest_of(newest_good(other / "checkpoints"))["facts"]["engine"] == "zero2"
     code, said = finish(*TORCHRUN, other, out=tmp_path / "again.txt")
     assert code == DONE and "resumes" in said, said
     assert_equal_runs(straight, other)
