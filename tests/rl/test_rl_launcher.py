@@ -106,7 +106,7 @@ def test_ranks_that_were_started_do_not_outlive_a_start_that_fails(folder, monke
         return first(self, rank, port)
 
     monkeypatch.setattr(launch.Launcher, "_start", fails)
-    launcher = launch.Launcher(folder, 2, None, [sys.executable, "-c", "import time; time.sleep(60)"])
+    launcher = launch.Launcher(folder, 2, None, command=[sys.executable, "-c", "import time; time.sleep(60)"])
     with pytest.raises(OSError, match="no more processes"):
         launcher.run()
     assert [process.wait(30) for process in launcher.ranks] == [-signal.SIGKILL]
