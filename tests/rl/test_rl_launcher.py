@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from rl import launch, rundir
-from rl.errors import CRASHED, DONE, LEFT, MISTAKE, REQUEUE, CheckpointError, ConfigError, Stopped
+from rl.errors import CRASHED, DONE, LEFT, MISTAKE, REQUEUE, CheckpointError, ConfigError, Stopped, guarded
 from rl.rank import attempt
 from rl.rundir import state
 from rl.stop import SIGNALS
@@ -284,3 +284,34 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(folder):
     (folder / ".lock").mkdir()
     with pytest.raises(ConfigError, match="cannot be written: Is a directory"):
         launch.main([str(folder)])
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (ConfigError("so it is"), MISTAKE, "entrl: so it is\n"),
+        (ValueError("a bug"), None, ""),
+        (KeyboardInterrupt(), LEFT, "\nentrl: interrupted.\n"),
+        (
+            Stopped("SIGTERM at step 3 of 9"),
+            REQUEUE,
+            "\nentrl: SIGTERM at step 3 of 9. Exit code 85: start it again to go on.\n",
+        ),
+    ],
+)
+def test_how_a_command_ends(monkeypatch, capsys, error, code, says):
+    def work(argv):
+        raise error
+
+    for name in ("RANK", "ENTRL_LAUNCHER", "ENTRL_DEBUG"):
+        monkeypatch.delenv(name, raising=False)
+    if code is None:
+        with pytest.raises(ValueError, match="a bug"):
+            guarded(work, [])
+    else:
+        assert guarded(work, []) == code
+    assert capsys.readouterr().err == says
+    monkeypatch.setenv("ENTRL_LAUNCHER", "1")  # which prints the error of the rank that failed first
+    monkeypatch.setenv("RANK", "1")
+    assert guarded(work, []) == (code or CRASHED)
+    assert capsys.readouterr().err == (says if code == LEFT else "")
