@@ -80,10 +80,11 @@ def test_ranks_know_their_place(folder, monkeypatch):
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_that_comes_before_the_ranks_listen_waits_for_them(folder, number):
+    before = signal.getsignal(number)
     after(folder / "up_1", number)
     listens = "(folder / f'up_{rank}').touch(); time.sleep(1); listen(); until(lambda: told)"
     assert start(folder, f"{listens}; sys.exit(85 if told == [{int(number)}] else 1)") == REQUEUE
-    assert signal.getsignal(number) != signal.SIG_IGN and not signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    assert signal.getsignal(number) == before and not signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 def test_a_signal_while_ranks_are_started_reaches_all_of_them(folder, monkeypatch):
