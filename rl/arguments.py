@@ -7,7 +7,18 @@ from dataclasses import dataclass, field
 
 from rl.errors import ConfigError
 
-_VALUES = {"--cfg": "job", "--config-dir": "FOLDER", "--out": "FOLDER", "--rollouts": "32"}
+_VALUES = {
+    "--cfg": "job",
+    "--config-dir": "FOLDER",
+    "--out": "FILE",
+    "--rollouts": "32",
+    "--prompt": "TEXT",
+    "--data": "gsm8k",
+    "--html": "FILE",
+    "--csv": "FILE",
+    "--json": "FILE",
+}
+_REPEATED = ("--prompt",)
 _EVERYWHERE = ("--cfg", "--config-dir")
 
 
@@ -40,6 +51,22 @@ VERBS = {
     "sync": Verb(target="a run folder or a folder of them, as runs/NAME", needs_target=True, many=True),
     "eval": Verb(target="a run folder, a saved model or a hub model", flags=("--out",)),
     "doctor": Verb(flags=("--rollouts",)),
+    "report": Verb(target="a run folder, as runs/NAME", needs_target=True, flags=("--out",)),
+    "lens": Verb(
+        target="a run folder, a saved model or a hub model, or two of them",
+        needs_target=True,
+        many=True,
+        flags=("--prompt", "--out"),
+    ),
+    "forks": Verb(target="a run folder, a saved model or a hub model", needs_target=True, flags=("--prompt", "--out")),
+    "passport": Verb(target="a run folder, a saved model or a hub model", needs_target=True, flags=("--data", "--out")),
+    "compare": Verb(
+        target="run folders, sweeps or wandb:entity/project",
+        needs_target=True,
+        many=True,
+        flags=("--html", "--csv", "--json", "--wandb"),
+    ),
+    "explain": Verb(),
     "rewards": Verb(words=("check",)),
     "show": Verb(flags=("--full",)),
 }
@@ -47,13 +74,13 @@ VERBS = {
 
 @dataclass(frozen=True)
 class Arguments:
-    """``word`` and ``targets`` as :class:`Verb` says; ``flags`` by name, with their value or True."""
+    """``word`` and ``targets`` as :class:`Verb` says; ``flags`` by name, with their value, all their values (--prompt) or True."""
 
     verb: str
     word: str | None = None
     targets: list[str] = field(default_factory=list)
     overrides: list[str] = field(default_factory=list)
-    flags: dict[str, str | bool] = field(default_factory=dict)
+    flags: dict[str, str | list[str] | bool] = field(default_factory=dict)
 
     @property
     def target(self) -> str | None:
@@ -82,7 +109,8 @@ def parse(argv: Sequence[str]) -> Arguments:
                 raise ConfigError(f"{word} is no option of entrl {name}. See entrl --help.")
             if key in _VALUES and not equals and not left:
                 raise ConfigError(f"{key} needs a value: {key} {_VALUES[key]}.")
-            flags[key] = (value if equals else left.pop(0)) if key in _VALUES else True
+            found = (value if equals else left.pop(0)) if key in _VALUES else True
+            flags[key] = [*flags.get(key, []), found] if key in _REPEATED else found
         elif "=" in word or word.startswith("~"):
             overrides.append(word)
         else:

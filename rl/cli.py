@@ -35,6 +35,21 @@ usage: entrl VERB [key=value ...] [--config-dir DIR]
   eval    sample a run folder, a saved model or a hub model on held-out problems
             entrl eval runs/NAME eval.samples=32 'eval.ks=[1,8,32]'
             entrl eval Qwen/Qwen2.5-0.5B 'eval.sets=[gsm8k,math500]'
+  report  one page of a run: reward, pass@k, entropy, what each method touched, where the time went
+            entrl report runs/NAME
+  lens    every token of a completion by its entropy, rank, weight and alternatives, over the training
+            entrl lens runs/NAME                                     entrl lens runs/A runs/B
+            entrl lens Qwen/Qwen2.5-0.5B --prompt "What is 17 * 23?"
+  forks   what a decision is worth: the alternatives at the most uncertain tokens, and how often each leads to success
+            entrl forks runs/NAME
+            entrl forks Qwen/Qwen2.5-0.5B data=gsm8k forks.samples=32
+  compare final numbers with intervals over seeds, the settings that differ, curves, a paired test of methods
+            entrl compare runs/A runs/B                              run folders, sweeps, wandb:entity/project
+            entrl compare runs/sweep --html compare.html --csv compare.csv
+  passport  the entropy of a model before any training: histogram, forking vocabulary, pass@k
+            entrl passport Qwen/Qwen2.5-0.5B --data gsm8k
+  explain print the exact objective that a configuration trains, with its numbers
+            entrl explain plugin=[fork_mask,steer] trainer.loss_type=dr_grpo
   doctor  say everything that is going to go wrong before a night is lost; needs no GPU, key or network
             entrl doctor model=qwen2.5_0.5b data=gsm8k
             entrl doctor --rollouts 32                               also sample, and suggest rho and entropy targets
@@ -159,6 +174,67 @@ def _eval(arguments: Arguments, argv: Sequence[str]) -> int:
     return 0
 
 
+def _report(arguments: Arguments, argv: Sequence[str]) -> int:
+    _no_overrides(arguments)
+    from rl.report.run_page import write_report
+
+    print(write_report(Path(arguments.target), _out(arguments)))
+    return 0
+
+
+def _lens(arguments: Arguments, argv: Sequence[str]) -> int:
+    from rl.study.lens import show_lens
+
+    prompts = arguments.flags.get("--prompt", [])
+    print(show_lens(arguments.targets, prompts, arguments.overrides, arguments.config_dir, _out(arguments)))
+    return 0
+
+
+def _forks(arguments: Arguments, argv: Sequence[str]) -> int:
+    from rl.study.forks import show_forks
+
+    prompts = arguments.flags.get("--prompt", [])
+    print(show_forks(arguments.target, prompts, arguments.overrides, arguments.config_dir, _out(arguments)))
+    return 0
+
+
+def _passport(arguments: Arguments, argv: Sequence[str]) -> int:
+    from rl.study.passport import show_passport
+
+    data = arguments.flags.get("--data")
+    overrides = [*([f"data={data}"] if data else []), *arguments.overrides]
+    print(show_passport(arguments.target, overrides, arguments.config_dir, _out(arguments)))
+    return 0
+
+
+def _compare(arguments: Arguments, argv: Sequence[str]) -> int:
+    _no_overrides(arguments)
+    from rl.report.compare import show_comparison
+
+    files = {kind: Path(f) for kind in ("html", "csv", "json") if (f := arguments.flags.get(f"--{kind}"))}
+    show_comparison(arguments.targets, files, wandb="--wandb" in arguments.flags)
+    return 0
+
+
+def _explain(arguments: Arguments, argv: Sequence[str]) -> int:
+    from rl.config import compose
+
+    cfg = compose(arguments.overrides, arguments.config_dir)
+    from rl.explain import explain
+
+    print(explain(cfg))
+    return 0
+
+
+def _out(arguments: Arguments) -> Path | None:
+    return Path(arguments.flags["--out"]) if "--out" in arguments.flags else None
+
+
+def _no_overrides(arguments: Arguments) -> None:
+    if arguments.overrides:
+        raise ConfigError(f"entrl {arguments.verb} takes no overrides, and got {arguments.overrides[0]}.")
+
+
 def _doctor(arguments: Arguments, argv: Sequence[str]) -> int:
     """Print the report; 2 when there is something to mend."""
     from rl.preflight.doctor import examine
@@ -202,6 +278,12 @@ _VERBS = {
     "sweep": _sweep,
     "sync": _sync,
     "eval": _eval,
+    "report": _report,
+    "lens": _lens,
+    "forks": _forks,
+    "compare": _compare,
+    "passport": _passport,
+    "explain": _explain,
     "doctor": _doctor,
     "rewards": _rewards,
     "show": _show,

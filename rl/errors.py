@@ -54,6 +54,10 @@ class SeamError(EntrlError, ImportError):
     """An installed TRL that entrl's seam was not tested against."""
 
 
+class ReportError(EntrlError, ValueError):
+    """A run folder, or what was asked of it, that no page or table can be made of."""
+
+
 class ServerError(EntrlError, RuntimeError):
     """A vLLM server that does not start or does not stay."""
 

@@ -20,6 +20,9 @@ from typing import IO, Any, Literal
 from rl.errors import CheckpointError, ConfigError, RunExistsError
 from rl.redact import public_words
 
+# What a run folder holds, in manifest.json since 2. 1: no such entry; rollouts without alternatives, rank and logp_after; no probes/.
+FORMAT = 2
+
 _VERSIONS = (
     "entrl",
     "torch",
@@ -176,6 +179,7 @@ def describe(folder: Path, config_yaml: str, overrides: Sequence[str], argv: Seq
 def manifest(seed: int) -> dict[str, Any]:
     """What one needs to run it again: versions, commit, hardware, seed. No environment variables, no user name."""
     return {
+        "format": FORMAT,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "git": _git(),
         "versions": {"python": platform.python_version(), **{p: _version(p) for p in _VERSIONS}},

@@ -9,3 +9,5 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("WANDB_MODE", "disabled")
 
 sys.path.insert(0, str(Path(__file__).parent))  # tests/golden.py, tests/tiny.py
+
+from browser import browser  # noqa: F401 (a fixture for every test)

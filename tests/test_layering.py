@@ -60,6 +60,22 @@ def test_only_config_and_its_neighbours_know_hydra():
     assert {p.name for p in files("rl") if "hydra" in roots(p)} <= {"config.py", "build.py"}
 
 
+def test_reports_read_run_folders_without_torch_or_a_trainer():
+    for path in files("rl/report"):
+        assert not roots(path) & {"torch", "trl", "transformers", "datasets"}, path
+        allowed = (
+            "rl.report",
+            "rl.rundir",
+            "rl.errors",
+            "rl.wandb_run",
+            "rl.redact",
+            "rl.paths",
+            "rl.forecast",
+            "rl.sweep.read",
+        )
+        assert all(name.startswith(allowed) for name in imports(path) if name.startswith("rl.")), path
+
+
 def test_the_command_line_imports_nothing_heavy():
     for name in ("cli.py", "__init__.py", "errors.py", "paths.py"):
         assert not roots(ROOT / "rl" / name, top_level_only=True) & HEAVY

@@ -1,0 +1,45 @@
+// Charts: <figure class="chart"><h3>..</h3><figcaption>..</figcaption><div class="plot" data-chart="name"></div></figure>, whose
+// traces and layout are in the data called "charts": {name: {data: [...], layout: {...}}}. A colour "c1" to "c8" (or "fg", "muted", ...)
+// in a trace is the theme's. One step is marked in all charts at once: by hovering, or with the slider #step where a page has one.
+"use strict";
+entrl.charts = {
+  async start() {
+    const script = document.createElement("script");
+    script.textContent = await entrl.unpack("lib-plotly");
+    document.head.append(script);
+    this.figures = await entrl.data("charts");
+    this.draw();
+    entrl.themed.push(() => this.draw());
+    document.body.dataset.ready = "charts";
+  },
+  draw() {
+    for (const plot of document.querySelectorAll("[data-chart]")) {
+      const figure = this.figures[plot.dataset.chart];
+      const traces = figure.data.map(trace => this.coloured(structuredClone(trace)));
+      Plotly.react(plot, traces, this.layout(structuredClone(figure.layout || {})), {displaylogo: false, responsive: true, modeBarButtonsToRemove: ["select2d", "lasso2d"]});
+    }
+  },
+  coloured(node) {
+    for (const [key, value] of Object.entries(node)) {
+      if (key === "x" || key === "y" || key === "z") continue;
+      if (typeof value === "string" && (key === "color" || key === "fillcolor")) {
+        const [name, alpha] = value.split("/");  // "c1/0.2": a fifth of the colour
+        const colour = entrl.colour(name);
+        if (colour) node[key] = alpha ? colour + Math.round(255 * alpha).toString(16).padStart(2, "0") : colour;
+      } else if (value && typeof value === "object") this.coloured(value);
+    }
+    return node;
+  },
+  layout(own) {
+    const axis = {gridcolor: entrl.colour("line"), zerolinecolor: entrl.colour("line"), linecolor: entrl.colour("line"), automargin: true};
+    const merged = {
+      margin: {l: 48, r: 12, t: 8, b: 36}, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", hovermode: "x unified",
+      font: {color: entrl.colour("fg"), size: 12, family: "system-ui, sans-serif"}, showlegend: true,
+      legend: {orientation: "h", y: 1.12, x: 0, font: {size: 11}}, hoverlabel: {bgcolor: entrl.colour("panel"), font: {color: entrl.colour("fg")}},
+      ...own,
+    };
+    for (const name of ["xaxis", "yaxis", ...Object.keys(own).filter(k => /^[xy]axis\d/.test(k))]) merged[name] = {...axis, ...(own[name] || {})};
+    return this.coloured(merged);
+  },
+};
+entrl.charts.start();
