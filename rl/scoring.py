@@ -21,6 +21,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from transformers.utils import ModelOutput
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
+from rl.alternatives import Alternatives, alternatives
 from rl.errors import ConfigError
 from rl.head import head_stats
 from rl.tiles import LogitRule
@@ -57,6 +58,7 @@ class ScoredOutput(ModelOutput):
     log_probs: Tensor | None = None
     entropy: Tensor | None = None
     rank: Tensor | None = None
+    top: Alternatives | None = None  # (B, L - 1, k)
     aux_loss: Tensor | None = None  # a mixture of experts' load-balancing loss, where its config asks for router logits
 
 
@@ -64,7 +66,8 @@ def add_scoring(model: nn.Module, temperature: float, fp32_head: bool = False) -
     """``model(..., labels=labels, fused_lm_head=True)`` then returns a ScoredOutput; without it, what it did before.
 
     The call is the one of TRL's ``add_fused_lm_head``, and takes its place. Only tokens with a label are projected. Further
-    arguments of the call: ``with_rank``; ``logp_gradient``, (B, L) as the labels, see ``head_stats``.
+    arguments of the call: ``with_rank``; ``with_top``, how many of the most likely words; ``logp_gradient``, (B, L) as the
+    labels, see ``head_stats``.
 
     Args:
         fp32_head: project in fp32, outside autocast (``cast_lm_head_to_fp32``).
@@ -74,14 +77,17 @@ def add_scoring(model: nn.Module, temperature: float, fp32_head: bool = False) -
     rule = logit_rule(text, temperature)
 
     @functools.wraps(type(model).forward)  # generate() checks its arguments against the signature
-    def forward(self, *args, fused_lm_head=False, labels=None, with_rank=False, logp_gradient=None, **kwargs):
+    def forward(
+        self, *args, fused_lm_head=False, labels=None, with_rank=False, with_top=0, logp_gradient=None, **kwargs
+    ):
         if not fused_lm_head:
             return before(*args, **kwargs) if labels is None else before(*args, labels=labels, **kwargs)
         router = bool(getattr(text, "output_router_logits", False))
         if router:
             kwargs.setdefault("output_router_logits", True)
         backbone = self.base_model(*args, use_cache=False, **kwargs)
-        scores = _score_labels(self, backbone.last_hidden_state, labels, rule, fp32_head, with_rank, logp_gradient)
+        hidden = backbone.last_hidden_state
+        scores = _score_labels(self, hidden, labels, rule, fp32_head, with_rank, with_top, logp_gradient)
         if kwargs.get("output_router_logits"):
             scores.aux_loss = load_balancing_loss_func(
                 backbone.router_logits, text.num_experts, text.num_experts_per_tok, kwargs.get("attention_mask")
@@ -91,7 +97,9 @@ def add_scoring(model: nn.Module, temperature: float, fp32_head: bool = False) -
     model.forward = types.MethodType(forward, model)
 
 
-def _score_labels(model, hidden: Tensor, labels: Tensor, rule: LogitRule, fp32_head: bool, with_rank, gradient):
+def _score_labels(
+    model, hidden: Tensor, labels: Tensor, rule: LogitRule, fp32_head: bool, with_rank: bool, with_top: int, gradient
+) -> ScoredOutput:
     head = model.get_output_embeddings()
     weight, bias = head.weight, head.bias
     if hasattr(weight, "full_tensor"):  # sharded by FSDP2
@@ -99,9 +107,10 @@ def _score_labels(model, hidden: Tensor, labels: Tensor, rule: LogitRule, fp32_h
     hidden, labels = hidden[:, :-1].to(weight.device), labels[:, 1:].to(weight.device)
     mask = labels != -100
     rows = hidden[mask]
+    rows, top = rows.float() if fp32_head else rows, None
     with torch.autocast(rows.device.type, enabled=False) if fp32_head else nullcontext():
         stats = head_stats(
-            rows.float() if fp32_head else rows,
+            rows,
             weight,
             labels[mask],
             bias=bias,
@@ -110,11 +119,18 @@ def _score_labels(model, hidden: Tensor, labels: Tensor, rule: LogitRule, fp32_h
             gradient=None if gradient is None else gradient[:, 1:][mask],
             gathered=maybe_gather_lm_head_ctx,
         )
+        if with_top:
+            with maybe_gather_lm_head_ctx(weight, bias):
+                top = alternatives(rows, weight, bias, rule, with_top)
 
     def placed(values: Tensor | None) -> Tensor | None:  # differentiable also where no label is left
-        return None if values is None else values.new_zeros(mask.shape).masked_scatter(mask, values)
+        if values is None:
+            return None
+        where = mask.view(*mask.shape, *[1] * (values.dim() - 1)).expand(*mask.shape, *values.shape[1:])
+        return values.new_zeros(where.shape).masked_scatter(where, values)
 
-    return ScoredOutput(placed(stats.logp), placed(stats.entropy), placed(stats.rank))
+    top = None if top is None else Alternatives(*map(placed, top))
+    return ScoredOutput(placed(stats.logp), placed(stats.entropy), placed(stats.rank), top)
 
 
 def logit_rule(text_config: Any, temperature: float) -> LogitRule:
@@ -155,6 +171,31 @@ def score(
     with scoring(base_of(model), temperature):
         out = model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, fused_lm_head=True)
     return Scores(out.log_probs[:, -n_completion:].float(), out.entropy[:, -n_completion:].float())
+
+
+class Looked(NamedTuple):
+    """Everything there is to see of each completion token, (B, T), at the temperature; ``top`` has (B, T, k)."""
+
+    logp: Tensor
+    entropy: Tensor
+    rank: Tensor
+    top: Alternatives
+
+
+@torch.no_grad()
+def look(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, n_completion: int, temperature: float, k: int = 5
+) -> Looked:
+    """:func:`score`, and the rank of each token and the ``k`` most likely words in its place. With sharded weights every rank
+    must call it equally often."""
+    labels = input_ids.masked_fill(attention_mask == 0, -100)
+    labels[:, :-n_completion] = -100
+    options = {"with_rank": True, "with_top": k, "fused_lm_head": True}
+    with scoring(base_of(model), temperature):
+        out = model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **options)
+    last = slice(-n_completion, None)
+    top = Alternatives(out.top.ids[:, last], out.top.logp[:, last].float())
+    return Looked(out.log_probs[:, last].float(), out.entropy[:, last].float(), out.rank[:, last], top)
 
 
 def base_of(model: nn.Module) -> nn.Module:

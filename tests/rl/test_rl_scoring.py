@@ -12,7 +12,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from golden import close
 from rl.errors import ConfigError
-from rl.scoring import HiddenTap, Reference, add_scoring, full_kl, refuse_logit_transforms, refuse_sharded, score
+from rl.scoring import HiddenTap, Reference, add_scoring, full_kl, look, refuse_logit_transforms, refuse_sharded, score
 from tiny import save_model
 
 
@@ -41,6 +41,19 @@ def test_score_is_log_softmax_of_the_logits(model, temperature):
     close(scores.logp[valid], logp.gather(-1, ids[:, 4:, None]).squeeze(-1)[valid].detach(), 1e-5)
     close(scores.entropy[valid], -(logp.exp() * logp).sum(-1)[valid].detach(), 1e-5)
     assert (scores.entropy[~valid] == 0).all()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_look_finds_the_most_likely_words(model, temperature):
+    ids, attention = inputs()
+    seen = look(model, ids, attention, 6, temperature, k=4)
+    logp = (model(input_ids=ids, attention_mask=attention).logits[:, 3:-1] / temperature).log_softmax(-1).detach()
+    valid, best = attention[:, 4:].bool(), logp.topk(4)
+    assert (seen.top.ids[valid] == best.indices[valid]).all() and seen.top.ids.shape == (3, 6, 4)
+    close(seen.top.logp[valid], best.values[valid], 1e-5)
+    own = logp.gather(-1, ids[:, 4:, None])
+    assert (seen.rank[valid] == (1 + (logp > own).sum(-1))[valid]).all()
+    close(seen.logp, score(model, ids, attention, 6, temperature).logp, 1e-6)
 
 
 FAMILIES = {
