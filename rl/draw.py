@@ -226,6 +226,7 @@ def _draw_batch(model, tokenizer, prompts, batch: _Batch, decoding: Decoding, en
             "tokens": valid.sum(-1).tolist(),
             "truncated": (ended[:, -1] == 0).tolist(),
             "mean_entropy": [float(h[m].mean()) for h, m in zip(entropy, valid, strict=True)],
+            "token_ids": [row[m].cpu().numpy() for row, m in zip(new, valid, strict=True)],
             "token_entropy": [h[m].float().cpu().numpy() for h, m in zip(entropy, valid, strict=True)],
         }
     )

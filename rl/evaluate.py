@@ -17,7 +17,7 @@ from rl.estimators import bootstrap_interval, maj_at_k, pass_at_k
 from rl.reduce import barrier, rank
 from rl.samples import Store, fingerprint
 
-_DRAWN = ["problem", "sample", "completion", "tokens", "truncated", "mean_entropy", "token_entropy"]
+_DRAWN = ["problem", "sample", "completion", "tokens", "truncated", "mean_entropy", "token_ids", "token_entropy"]
 
 Grader = Callable[..., list[float]]
 Answers = Callable[[list[str]], list[str | None]]
@@ -26,7 +26,7 @@ Answers = Callable[[list[str]], list[str | None]]
 @dataclass(frozen=True)
 class Evaluation:
     """Metrics by name, and every sample: problem, sample, prompt, completion, answer, correct, tokens, truncated,
-    mean_entropy and token_entropy (nats); strict_answer and strict_correct where there are strict graders."""
+    mean_entropy, token_ids and token_entropy (nats); strict_answer and strict_correct where there are strict graders."""
 
     metrics: dict[str, float]
     samples: pd.DataFrame
@@ -99,7 +99,7 @@ def evaluate(
 
     def graded(decoding: Decoding, samples: int, suffix: str) -> pd.DataFrame | None:
         random = {"samples": samples, "seed": seed} if decoding.temperature > 0 else {}
-        facts_here = {**facts, **random, **asdict(decoding)}
+        facts_here = {**facts, **random, **asdict(decoding), "columns": _DRAWN}
         store = kept.store(suffix, facts_here) if kept else None
         frame = store.finished() if store else None
         if frame is None:
