@@ -73,6 +73,7 @@ def test_what_is_in_the_wheel(wheel):
         relative = config.relative_to(ROOT / "configs")
         assert f"rl/_configs/{relative}" in names or relative.parts[0] == "local"
     assert "rl/assets/countdown/model.safetensors" in names and "rl/_slurm/README.md" in names
+    assert {"rl/report/templates/base.html.j2", "rl/report/assets/base.js"} <= set(names)
     assert not any("local/default" in name or name.startswith(("tests/", "scripts/")) for name in names)
 
 
