@@ -82,6 +82,20 @@ class Mean(NamedTuple):
         return cls((values.detach() * where).sum(), where.sum())
 
 
+class Cosine(NamedTuple):
+    """The cosine of two vectors over tokens, kept as their product and their squared lengths, so that those add up exactly too."""
+
+    product: Tensor
+    first: Tensor
+    second: Tensor
+
+    @classmethod
+    def of(cls, a: Tensor, b: Tensor, where: Tensor) -> Cosine:
+        """The cosine of ``a`` and ``b`` over the tokens in ``where``."""
+        a, b = a.detach() * where, b.detach() * where
+        return cls((a * b).sum(), (a * a).sum(), (b * b).sum())
+
+
 @dataclass(frozen=True)
 class Penalty:
     """A loss term ``coef * sum(per_token over where) / n`` with n = all trainable tokens, or those in ``where``.
@@ -111,7 +125,7 @@ class Signal:
     keep: Tensor  # bool, and-ed
     rescale: Tensor  # broadcastable to (B, T): n_all / n_kept for a method whose denominator is the kept tokens
     penalties: tuple[Penalty, ...] = ()
-    metrics: Mapping[str, Mean] = field(default_factory=dict)
+    metrics: Mapping[str, Mean | Cosine] = field(default_factory=dict)
 
     @classmethod
     def start(cls, tokens: TokenBatch) -> Signal:
@@ -177,6 +191,7 @@ class RunFacts:
 __all__ = [
     "NEEDS",
     "PROMISES",
+    "Cosine",
     "Denominator",
     "Mean",
     "Penalty",

@@ -214,6 +214,21 @@ def test_audit_reports_what_was_touched(plugin):
     assert mass.count > 0 and mass.total.isfinite()
 
 
+def test_as_a_shadow_it_changes_nothing(plugin):
+    _, tokens = batch(requires_grad=True)
+    acting = {"acts": load("rank_shaping")[0]()}
+    alone, random = Pipeline(acting)(tokens), torch.get_rng_state()
+    beside = Pipeline(acting, {"it": plugin})(tokens)
+    assert torch.equal(alone.effective, beside.effective) and not beside.penalties
+    assert all(
+        torch.equal(*pair)
+        for name in alone.metrics
+        for pair in zip(alone.metrics[name], beside.metrics[name], strict=True)
+    )
+    assert {"plugin/it/touched", "shadow/it/cosine", "shadow/it/jaccard"} <= beside.metrics.keys()
+    assert torch.equal(torch.get_rng_state(), random)
+
+
 # ---- two ranks -----------------------------------------------------------------------------------------------------------
 
 
