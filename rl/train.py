@@ -210,6 +210,7 @@ def _trainer(cfg, ready: Ready, model, recorder: Recorder, checkpoints, tracker:
             show_sample(step, rows)
             tracker.table(step, "rollouts", rows)
 
+    alarm = NoOpAlarm(ready.pipeline.shadows)
     return EntropyTrainer(
         model=model,
         reward_funcs=ready.rewards,
@@ -221,9 +222,7 @@ def _trainer(cfg, ready: Ready, model, recorder: Recorder, checkpoints, tracker:
         dynamics=Dynamics(None),
         recorder=recorder,
         checkpoints=checkpoints,
-        sinks=[]
-        if tracker is None
-        else [tracker.log, Progress(ready.args.max_steps), samples, NoOpAlarm(ready.pipeline.shadows)],
+        sinks=[] if tracker is None else [tracker.log, Progress(ready.args.max_steps), samples, alarm],
         answers=ready.problems.answers,
         sampler=build.sampler(cfg, model, ready.args, ready.pipeline),
         train_share=cfg.rollout.train_share,

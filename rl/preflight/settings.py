@@ -215,15 +215,13 @@ def check_plugins(section: Section, pipeline: Pipeline, on_policy: bool) -> None
     )
     metrics = pipeline(tokens).metrics
     for name in [*pipeline.plugins, *pipeline.shadows]:
-        acts = name in pipeline.plugins
         total, count = metrics[f"plugin/{name}/touched"]
         share = float(total / count)
-        section.fact(
-            f"{name} {'touches' if acts else 'as a shadow would touch'} {share:.0%} of the tokens of a synthetic batch"
-        )
+        what = name if name in pipeline.plugins else f"the shadow {name}"
+        section.fact(f"{what} touches {share:.0%} of the tokens of a synthetic batch")
         if share == 0:
             section.advise(
-                f"plugin.{name} {'touches' if acts else 'would touch'} no token of a synthetic {'on' if on_policy else 'off'}-policy batch: are its settings neutral?"
+                f"plugin.{name} touches no token of a synthetic {'on' if on_policy else 'off'}-policy batch: are its settings neutral?"
             )
 
 
