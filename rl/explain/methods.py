@@ -1,0 +1,142 @@
+"""The plug-ins of a run, each as it explains itself, and what their order means."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+
+from trl import GRPOConfig
+
+from rl.contract import Explanation, Scope, TokenPlugin
+from rl.explain.text import Row, count, listed, number
+from rl.options import BatchAlgebra
+from rl.pipeline import Pipeline
+
+_READS = {
+    "advantages": "A",
+    "logp": "p",
+    "entropy": "H",
+    "old_logp": "p_old",
+    "old_entropy": "H_old",
+    "rank": "the token's rank under p (1 = the most likely)",
+    "ref_logp": "p_ref",
+    "full_kl": "the whole distributions p and p_ref, which is the starting model's",
+    "rollout_entropy": "H_old of the whole rollout",
+    "reward": "the reward",
+    "group": "the prompt's group",
+}
+_CURRENT = {"logp", "entropy", "rank", "full_kl"}
+
+
+def plugins(pipeline: Pipeline, args: GRPOConfig, algebra: BatchAlgebra) -> dict[str, list[Row]]:
+    """A section for each plug-in, in order, shadows last."""
+    if not pipeline.plugins and not pipeline.shadows:
+        return {"Plug-ins": [("none", "plain GRPO")]}
+    sections = {}
+    for place, (name, plugin) in enumerate(pipeline.plugins.items(), start=1):
+        sections[f"Plug-in {place}: {name}"] = list(_plugin(plugin, args, algebra))
+    sections["Together"] = list(_together(pipeline))
+    for name, plugin in pipeline.shadows.items():
+        rows = [
+            ("a shadow", "measures what it would do to plain GRPO, and changes nothing"),
+            *_plugin(plugin, args, algebra),
+        ]
+        sections[f"Shadow: {name}"] = rows
+    return sections
+
+
+def explanation(plugin: TokenPlugin) -> Explanation | None:
+    """What a plug-in says of itself, None for one that does not."""
+    return plugin.explain() if hasattr(plugin, "explain") else None
+
+
+def effect(plugin: TokenPlugin) -> str:
+    """The first sentence of its docstring."""
+    text = " ".join((inspect.getdoc(type(plugin)) or "it has no docstring").split("\n\n")[0].split())
+    return text.rstrip(".").replace("`", "")
+
+
+def _plugin(plugin: TokenPlugin, args: GRPOConfig, algebra: BatchAlgebra) -> Iterator[Row]:
+    yield "effect", effect(plugin)
+    said = explanation(plugin)
+    if said is None:
+        own = listed(sorted(plugin.needs)) if plugin.needs else "nothing beyond what every batch has"
+        yield "needs", own
+        yield "", "more is not known: it has no explain() (docs/your-own-method.md)"
+        return
+    for place, line in enumerate(said.formula):
+        yield ("" if place else "formula"), line
+    for name, scope in said.statistics.items():
+        yield name, f"over {_scope(scope, algebra)} ({scope})"
+    yield "reads", _reads(said, plugin, args, algebra)
+    yield from _denominator(said, algebra)
+    for place, line in enumerate(said.differs):
+        yield ("" if place else "differs"), line
+
+
+def _scope(scope: Scope, algebra: BatchAlgebra) -> str:
+    """The tokens of a scope, with their completions counted."""
+    micro, world = algebra.micro_batch, algebra.micro_batch * algebra.world
+    return {
+        "response": "the tokens of its completion",
+        "micro": f"the tokens of the {count(micro, 'completion')} of one forward on one rank",
+        "world": f"the tokens of the {count(world, 'completion')} of one forward on all {algebra.world} ranks"
+        if algebra.world > 1
+        else f"the tokens of the {count(micro, 'completion')} of one forward, on all ranks (there is one)",
+        "rollout": f"the tokens of all {count(algebra.completions_per_rollout, 'completion')} of the rollout, as recorded there",
+    }[scope]
+
+
+def _reads(said: Explanation, plugin: TokenPlugin, args: GRPOConfig, algebra: BatchAlgebra) -> str:
+    if not said.reads:
+        return "nothing"
+    text = listed(_READS.get(field, field) for field in said.reads)
+    if not _CURRENT & set(said.reads):
+        return f"{text}: fixed at the rollout"
+    if algebra.on_policy:
+        return f"{text}: of the policy that drew the completions, as it is on-policy"
+    return f"{text}: of the current policy, it is computed anew in each of the {algebra.updates_per_rollout:g} updates from a rollout"
+
+
+def _denominator(said: Explanation, algebra: BatchAlgebra) -> Iterator[Row]:
+    if said.denominator == "kept":
+        yield "denominator", "the loss x n_all / n_kept: where L divides by tokens, by the kept ones of that scope"
+    else:
+        yield "denominator", "as above, of all tokens: a token that is dropped or weighs less still counts"
+    for name, (coef, over) in said.penalties.items():
+        tokens = "all tokens" if over == "all" else "the selected tokens"
+        micro = f"the {count(algebra.micro_batch * algebra.world, 'completion')} of one forward on all ranks"
+        yield f"penalty {name}", f"+ {number(coef)} x its sum over the selected tokens / {tokens} of {micro}"
+        if algebra.accumulation > 1:
+            yield "", f"averaged over the {algebra.accumulation} forwards of the update"
+
+
+def _together(pipeline: Pipeline) -> Iterator[Row]:
+    """What several do to a token, and where their order matters."""
+    if pipeline.plugins:
+        yield (
+            "A in lᵢₜ is",
+            "A as the last plug-in shaped it x the product of weights x 1[kept by all] x the product of n_all / n_kept",
+        )
+    if len(pipeline.plugins) < 2:
+        return
+    told = {name: explanation(plugin) for name, plugin in pipeline.plugins.items()}
+    yield "order", _order(told)
+    yield "statistics", "are over all tokens, also those that an earlier plug-in dropped"
+
+
+def _order(told: Mapping[str, Explanation | None]) -> str:
+    if unknown := [name for name, said in told.items() if said is None]:
+        return f"not known to matter or not: {listed(unknown)} cannot say what it reads"
+    names = list(told)
+    seen = [
+        f"{later} reads the advantages that {name} shaped"
+        for place, name in enumerate(names)
+        for later in names[place + 1 :]
+        if "advantages" in told[name].changes and "advantages" in told[later].reads
+    ]
+    return (
+        "; ".join(seen)
+        if seen
+        else "does not matter: masks are and-ed, weights multiplied, and no one reads what another changes"
+    )
