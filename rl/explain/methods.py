@@ -76,13 +76,12 @@ def _plugin(plugin: TokenPlugin, args: GRPOConfig, algebra: BatchAlgebra) -> Ite
 
 def _scope(scope: Scope, algebra: BatchAlgebra) -> str:
     """The tokens of a scope, with their completions counted."""
-    micro, world = algebra.micro_batch, algebra.micro_batch * algebra.world
+    ranks, micro = algebra.world, algebra.micro_batch
+    own, all_of_them = (" on one rank", f" on all {ranks} ranks") if ranks > 1 else ("", "")
     return {
         "response": "the tokens of its completion",
-        "micro": f"the tokens of the {count(micro, 'completion')} of one forward on one rank",
-        "world": f"the tokens of the {count(world, 'completion')} of one forward on all {algebra.world} ranks"
-        if algebra.world > 1
-        else f"the tokens of the {count(micro, 'completion')} of one forward, on all ranks (there is one)",
+        "micro": f"the tokens of the {count(micro, 'completion')} of one forward{own}",
+        "world": f"the tokens of the {count(micro * ranks, 'completion')} of one forward{all_of_them}",
         "rollout": f"the tokens of all {count(algebra.completions_per_rollout, 'completion')} of the rollout, as recorded there",
     }[scope]
 
@@ -113,16 +112,23 @@ def _denominator(said: Explanation, algebra: BatchAlgebra) -> Iterator[Row]:
 
 def _together(pipeline: Pipeline) -> Iterator[Row]:
     """What several do to a token, and where their order matters."""
-    if pipeline.plugins:
-        yield (
-            "A in lᵢₜ is",
-            "A as the last plug-in shaped it x the product of weights x 1[kept by all] x the product of n_all / n_kept",
-        )
-    if len(pipeline.plugins) < 2:
+    if not pipeline.plugins:
         return
     told = {name: explanation(plugin) for name, plugin in pipeline.plugins.items()}
-    yield "order", _order(told)
-    yield "statistics", "are over all tokens, also those that an earlier plug-in dropped"
+    known = [said for said in told.values() if said is not None]
+    changed = (
+        {field for said in known for field in said.changes}
+        if len(known) == len(told)
+        else {"advantages", "weight", "keep"}
+    )
+    factors = ["A as the last plug-in shaped it" if "advantages" in changed else "A"]
+    factors += ["the product of the weights"] if "weight" in changed else []
+    factors += ["1[kept by all that mask]"] if "keep" in changed else []
+    factors += ["n_all / n_kept"] if any(said.denominator == "kept" for said in known) else []
+    yield "A in lᵢₜ is", " x ".join(factors)
+    if len(told) > 1:
+        yield "order", _order(told)
+        yield "statistics", "are over all tokens, also those that an earlier plug-in dropped"
 
 
 def _order(told: Mapping[str, Explanation | None]) -> str:

@@ -91,9 +91,9 @@ class EntropyBand:
         """Selection, band and anchor at these settings."""
         v1 = self.version == "v1"
         selected = {
-            "quantile": f"tau = the {1 - self.fraction:.4g}-quantile of H",
-            "otsu_exact": "tau = the middle of the gap that best splits the sorted H in two (Otsu)",
-            "otsu_hist100": "tau = the centre of the bin that best splits a histogram of 100 bins of H in two (Otsu)",
+            "quantile": f"τ = the {1 - self.fraction:.4g}-quantile of H",
+            "otsu_exact": "τ = the middle of the gap that best splits the sorted H in two (Otsu)",
+            "otsu_hist100": "τ = the centre of the bin that best splits a histogram of 100 bins of H in two (Otsu)",
         }
         edges = (
             "lower, upper = the 0.1- and the 0.5-quantile of H in S"
@@ -102,17 +102,17 @@ class EntropyBand:
         )
         over: Denominator = "kept" if v1 else "all"
         penalties: dict[str, tuple[float, Denominator]] = {}
-        lines = [f"keep = 1[H >= tau], the tokens S;  {selected[self.selector]}", edges]
+        lines = [f"keep = 1[H >= τ], the tokens S;  {selected[self.selector]}", edges]
         if self.coef_low:
             penalties["low"] = (self.coef_low, over)
-            lines.append(f"loss + {self.coef_low:g} mean of relu(lower - H) over S")
+            lines.append("low = relu(lower - H) over S")
         if self.coef_high:
             penalties["high"] = (self.coef_high, over)
-            lines.append(f"loss + {self.coef_high:g} mean of relu(H - upper) over S")
+            lines.append("high = relu(H - upper) over S")
         if self.kl_coef:
             penalties["kl"] = (self.kl_coef, "kept")
-            lines.append(f"loss + {self.kl_coef:g} mean of KL(p, p_ref) of the whole vocabulary over S")
-        statistics: dict[str, Scope] = {"tau": "response", "lower and upper": "response"}
+            lines.append("kl = Σ_v p_v (ln p_v - ln p_ref_v) over S, of the whole vocabulary")
+        statistics: dict[str, Scope] = {"τ": "response", "lower and upper": "response"}
         return Explanation(
             formula=lines,
             reads=["entropy", *(["full_kl"] if self.kl_coef else [])],

@@ -75,8 +75,8 @@ class ForkMask:
         """The mask at these settings."""
         high = self.keep == "high"
         if self.selector == "quantile":
-            rule = f"keep = 1[H {'>=' if high else '<'} tau],  tau = the {1 - self.rho:.4g}-quantile of H"
-            of_several = "tau"
+            rule = f"keep = 1[H {'>=' if high else '<'} τ],  τ = the {1 - self.rho:.4g}-quantile of H"
+            of_several = "τ"
         else:
             rule = f"keep = 1[H {'is' if high else 'is not'} among the ceil({self.rho:.4g} n) highest of n tokens]"
             of_several = "the highest"
@@ -95,7 +95,7 @@ class ForkMask:
 
     def _differences(self) -> Iterator[str]:
         if self.scope in ("response", "rollout"):
-            yield f"tau is that of the {self.scope}; the paper's is of a batch or micro-batch, never of one response"
+            yield f"τ is that of the {self.scope}; the paper's is of a batch or micro-batch, never of one response"
         if self.denominator == "kept":
             yield "the paper's equation divides by all tokens; by the kept ones, as here, does its code"
         if self.keep == "low":
@@ -103,13 +103,12 @@ class ForkMask:
         if self.policy == "rollout":
             yield "paper and code take the current policy's entropy; the two are one until the first update from a rollout"
         code = {
-            "takes exactly ceil(rho n) tokens, ties broken": self.selector != "topk",
-            "takes them of one rank's micro-batch": self.scope != "micro",
-            "divides by the kept tokens, so that gradients are about 1 / rho times as large": self.denominator
-            != "kept",
+            "exactly ceil(rho n) tokens, no further ones of equal H": self.selector != "topk",
+            "of one rank's micro-batch": self.scope != "micro",
+            "divided by their number, which makes gradients about 1 / rho times as large": self.denominator != "kept",
         }
         if other := [what for what, here in code.items() if here]:
-            yield f"the official code {'; '.join(other)}"
+            yield f"the official code: {', '.join(other)}"
 
     def _forking(self, tokens: TokenBatch) -> Tensor:
         entropy = tokens.entropy.detach() if self.policy == "current" else tokens.old_entropy

@@ -92,22 +92,22 @@ class Steer:
     def explain(self) -> Explanation:
         """The weight at these settings."""
         low, high = self.w_min, self.w_max
-        strength = f"k = {-math.log(low):.4g} / max(max |Omega|, {_FLOOR:g})"
+        strength = f"k = {-math.log(low):.4g} / max(max |Ω|, {_FLOOR:g})"
         lines = {
-            "exp": [f"w = clamp(exp(-k |Omega|), {low:g}, 1),  {strength}"],
-            "asymmetric": [f"w = clamp(exp(-k Omega), {low:g}, {high:g}),  {strength}"],
+            "exp": [f"w = clamp(exp(-k |Ω|), {low:g}, 1),  {strength}"],
+            "asymmetric": [f"w = clamp(exp(-k Ω), {low:g}, {high:g}),  {strength}"],
             "linear": [
-                f"w = {high:g} - {high - low:.4g} (|Omega| - min |Omega|) / (max |Omega| - min |Omega|), "
+                f"w = {high:g} - {high - low:.4g} (|Ω| - min |Ω|) / (max |Ω| - min |Ω|), "
                 f"{(low + high) / 2:.4g} where the two are equal"
             ],
         }
-        omega = "Omega = (A / p_old) p (1 - p) (ln p + H)"
+        omega = "Ω = (A / p_old) p (1 - p) (ln p + H)"
         if self.form == "theorem":
             ends = f"[{1 - self.epsilon_low:.4g}, {1 + self.epsilon_high:.4g}]"
-            omega = f"Omega = A (p / p_old) p (1 - p) (ln p + H), 0 where A pulls p / p_old further out of {ends}"
-        statistics: dict[str, Scope] = {"max |Omega|": self.scope}
+            omega = f"Ω = A (p / p_old) p (1 - p) (ln p + H), 0 where A pulls p / p_old further out of {ends}"
+        statistics: dict[str, Scope] = {"max |Ω|": self.scope}
         if self.mapping == "linear":
-            statistics["min |Omega|"] = self.scope
+            statistics["min |Ω|"] = self.scope
         return Explanation(
             formula=[omega, *lines[self.mapping]],
             reads=["advantages", "logp", "old_logp", "old_entropy"],
@@ -124,7 +124,7 @@ class Steer:
         if self.mapping != "exp":
             yield "the paper and the released script map with exp"
         if self.scope != "micro":
-            yield f"the code takes the largest |Omega| of one rank's micro-batch, not of the {self.scope}"
+            yield f"the code takes the largest |Ω| of one rank's micro-batch, not of the {self.scope}"
         if self.w_min != 0.7:
             yield "the paper's best smallest weight is 0.7, the released script's 0.8"
         yield "its runs also clip ratios above 10 where A < 0 (dual clip), as trainer.delta=10 does"
