@@ -29,7 +29,9 @@ def explain(cfg: DictConfig) -> str:
     gates = reward_gates(cfg.reward)
     rewards = {name: (float(node.weight), *gates[name]) for name, node in cfg.reward.items()}
     sections: dict[str, list[Row]] = {
-        f"The loss  (trainer.loss_type={args.loss_type})": objective(args, algebra, bool(cfg.peft)),
+        f"The loss  (trainer.loss_type={args.loss_type})": objective(
+            args, algebra, bool(cfg.peft), cfg.rollout.train_share
+        ),
         "The advantage": advantage(args, algebra, rewards, cfg.rollout.train_share),
         "Batches": batch(args, algebra),
         "Whose probabilities": policies(args, algebra, cfg.model.path),

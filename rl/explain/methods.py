@@ -18,9 +18,9 @@ _READS = {
     "entropy": "H",
     "old_logp": "p_old",
     "old_entropy": "H_old",
-    "rank": "the token's rank under p (1 = the most likely)",
+    "rank": "rank (of the token under p)",
     "ref_logp": "p_ref",
-    "full_kl": "the whole distributions p and p_ref, which is the starting model's",
+    "full_kl": "KL(p, p_ref) (of the whole vocabulary, p_ref the starting model's)",
     "rollout_entropy": "H_old of the whole rollout",
     "reward": "the reward",
     "group": "the prompt's group",
@@ -89,12 +89,16 @@ def _scope(scope: Scope, algebra: BatchAlgebra) -> str:
 def _reads(said: Explanation, plugin: TokenPlugin, args: GRPOConfig, algebra: BatchAlgebra) -> str:
     if not said.reads:
         return "nothing"
-    text = listed(_READS.get(field, field) for field in said.reads)
-    if not _CURRENT & set(said.reads):
-        return f"{text}: fixed at the rollout"
-    if algebra.on_policy:
-        return f"{text}: of the policy that drew the completions, as it is on-policy"
-    return f"{text}: of the current policy, it is computed anew in each of the {algebra.updates_per_rollout:g} updates from a rollout"
+    text, moving = listed(map(_word, said.reads)), [field for field in said.reads if field in _CURRENT]
+    if not moving or algebra.on_policy:
+        return f"{text}, fixed at the rollout"
+    updates = f"each of the {algebra.updates_per_rollout:g} updates from a rollout"
+    rest = "" if len(moving) == len(said.reads) else ", the rest is fixed at the rollout"
+    return f"{text}; off-policy {listed(map(_word, moving))} {'is' if len(moving) == 1 else 'are'} another one in {updates}{rest}"
+
+
+def _word(field: str) -> str:
+    return _READS.get(field, field)
 
 
 def _denominator(said: Explanation, algebra: BatchAlgebra) -> Iterator[Row]:
@@ -103,11 +107,11 @@ def _denominator(said: Explanation, algebra: BatchAlgebra) -> Iterator[Row]:
     else:
         yield "denominator", "as above, of all tokens: a token that is dropped or weighs less still counts"
     for name, (coef, over) in said.penalties.items():
-        tokens = "all tokens" if over == "all" else "the selected tokens"
-        micro = f"the {count(algebra.micro_batch * algebra.world, 'completion')} of one forward on all ranks"
-        yield f"penalty {name}", f"+ {number(coef)} x its sum over the selected tokens / {tokens} of {micro}"
-        if algebra.accumulation > 1:
-            yield "", f"averaged over the {algebra.accumulation} forwards of the update"
+        tokens = "all tokens" if over == "all" else "selected tokens"
+        yield f"penalty {name}", f"L + {number(coef)} x its sum over the selected tokens / the number of {tokens}"
+    if said.penalties:
+        over = f", averaged over the {algebra.accumulation} forwards of the update" if algebra.accumulation > 1 else ""
+        yield "", f"counts are those of {_scope('world', algebra).removeprefix('the tokens of ')}{over}"
 
 
 def _together(pipeline: Pipeline) -> Iterator[Row]:

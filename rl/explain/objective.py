@@ -9,14 +9,18 @@ from collections.abc import Iterator, Mapping
 
 from trl import GRPOConfig
 
-from rl.explain.text import Row, count, number
+from rl.explain.text import Row, count, listed, number
 from rl.options import BatchAlgebra
 
 _CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 
 
-def objective(args: GRPOConfig, algebra: BatchAlgebra, adapters: bool) -> list[Row]:
-    """What is minimised: the mean, the token's term, the ratio, and everything that is added. Args: adapters: PEFT is trained."""
+def objective(args: GRPOConfig, algebra: BatchAlgebra, adapters: bool, train_share: float) -> list[Row]:
+    """What is minimised: the mean, the token's term, the ratio, and everything that is added.
+
+    Args:
+        adapters: PEFT is trained. train_share: of each group's completions, the others only vote.
+    """
     return [
         *_mean(args, algebra),
         *_term(args),
@@ -24,14 +28,16 @@ def objective(args: GRPOConfig, algebra: BatchAlgebra, adapters: bool) -> list[R
         *_kl(args, adapters),
         *_entropy_bonus(args),
         *_corrections(args),
-        ("tokens", _tokens(args)),
+        ("tokens", _tokens(args, train_share)),
     ]
 
 
-def _tokens(args: GRPOConfig) -> str:
+def _tokens(args: GRPOConfig, train_share: float) -> str:
     text = "completion tokens up to the end of text, which is one of them; prompts, padding and tool results are not"
     if args.mask_truncated_completions:
         text += "; a completion cut off before its end of text has none (mask_truncated_completions), but counts in its group"
+    if train_share < 1:
+        text += f"; the last {1 - train_share:.4g} of each group only vote and have none"
     return text
 
 
@@ -109,7 +115,7 @@ def _term(args: GRPOConfig) -> Iterator[Row]:
         up = f"k = {number(args.vespo_k_pos)}, λ = {number(args.vespo_lambda_pos)} where A >= 0"
         down = f"k = {number(args.vespo_k_neg)}, λ = {number(args.vespo_lambda_neg)}"
         yield "lᵢₜ", f"-φ(w) A ln p,  φ(w) = exp(λ + k ln w - λ w) without gradient;  {up}, else {down}"
-        yield "w", "Πₜ p/p_old of the whole completion, at most e^20; φ(1) = 1"
+        yield "w", "Πₜ p/p_old of the whole completion, from 1e-8 to e^20; φ(1) = 1"
         yield "its gradient", "-φ(w) A ∇ln p"
 
 
@@ -118,7 +124,7 @@ def _high(args: GRPOConfig) -> float:
 
 
 def _ratio(args: GRPOConfig, algebra: BatchAlgebra) -> Iterator[Row]:
-    if args.loss_type == "vespo":
+    if args.loss_type == "vespo" and not (args.beta and args.use_bias_correction_kl):
         return
     if args.importance_sampling_level == "sequence":
         yield "r", "exp(mean over the completion's tokens of ln p - ln p_old): one number a completion"
@@ -175,11 +181,12 @@ def _corrections(args: GRPOConfig) -> Iterator[Row]:
     if args.use_vllm and args.vllm_importance_sampling_correction:
         level, _, kind = args.vllm_importance_sampling_mode.partition("_")
         of = "of a token" if level == "token" else "of a completion, the product of its tokens'"
-        ends = [args.vllm_importance_sampling_clip_min, args.vllm_importance_sampling_clip_max]
-        low, high = ("-" if end is None else number(end) for end in ends)
-        rule = f"clipped to [{low}, {high}]" if kind == "truncate" else f"0 outside [{low}, {high}]"
+        low, high = args.vllm_importance_sampling_clip_min, args.vllm_importance_sampling_clip_max
+        ends = [f"below {number(low)}"] if low is not None else []
+        ends += [f"above {number(high)}"] if high is not None else []
+        rule = f"{'clipped' if kind == 'truncate' else '0'} {listed(ends)}" if ends else "without a limit"
         how = "inside w" if args.loss_type == "vespo" else "multiplies lᵢₜ, not the KL"
-        yield "vLLM", f"p_old / p_vLLM {of}, {rule} (- is no end), {how}"
+        yield "vLLM", f"p_old / p_vLLM {of}, {rule}, {how}"
     if args.router_aux_loss_coef != 0:
         coef = "the model's own coefficient" if args.router_aux_loss_coef is None else number(args.router_aux_loss_coef)
         yield "experts", f"a mixture of experts adds its balance loss x {coef}; others add nothing"

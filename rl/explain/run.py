@@ -110,12 +110,23 @@ def left_out(args: GRPOConfig, algebra: BatchAlgebra, pipeline: Pipeline, backen
         how = "no forward" if ahead else "a forward, but no backward"
         rows.append(("completions", f"{how} where A is 0: the term is 0 whatever p is"))
     if against := list(_against(args, pipeline, bonus)):
-        rows.append(("", f"no more than that: {listed(against)} may give gradient to a token without advantage"))
+        rows.append(("no more", f"{listed(against)} may give gradient to a token without advantage"))
+    elif not ahead:
+        rows.append(("no more", _unknown_before(args, savings)))
     rows.append(("the head", "no backward for a token whose gradient is 0, whatever made it so"))
     rows.append(("padding", "no column that no scored token can see"))
     if savings.rows:
         rows.append(("", "a model with dropout or a balance loss of experts leaves out less"))
     return rows
+
+
+def _unknown_before(args: GRPOConfig, savings: Savings) -> str:
+    """Why a token's share in the gradient is known only in the forward."""
+    if savings.tokens:
+        return "nobody records the rollout's entropies, which rollout=native, or a plug-in of scope=rollout, would"
+    if args.off_policy_mask_threshold is not None:
+        return "off_policy_mask_threshold looks at all tokens of a completion"
+    return "a ratio of importance_sampling_level=sequence is made of all tokens of a completion"
 
 
 def _against(args: GRPOConfig, pipeline: Pipeline, bonus: bool) -> Iterator[str]:

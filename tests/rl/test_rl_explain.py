@@ -207,7 +207,7 @@ def test_a_plugins_penalty_and_weight_are_as_stated():
         logits, torch.zeros(4, 6), torch.ones(4, 6), torch.randn(4, generator=g).double(), logits * 0.9
     )
     high = EntropyBand(coef_high=0.25, kl_coef=0)(tokens, Signal.start(tokens)).penalties[1]
-    assert line(text, "penalty high").startswith("+ 0.25 x its sum over the selected tokens / all tokens of the 256")
+    assert line(text, "penalty high").startswith("L + 0.25 x its sum over the selected tokens / the number of all tokens counts are those of the 256")
     assert (high.coef, high.mean(tokens.mask)) == (0.25, (high.per_token * high.where).sum() / 24)
     p, old = tokens.logp.exp(), tokens.old_logp.exp()
     omega = (tokens.advantages / old * p * (1 - p) * (p.log() + tokens.old_entropy)).abs()
@@ -223,7 +223,7 @@ def test_order_scopes_and_policies_are_told():
     assert text.index("Plug-in 1: rank_shaping") < text.index("Plug-in 2: steer") < text.index("Plug-in 3: fork_mask")
     assert line(text, "max |Ω|") == "over the tokens of its completion (response)"
     assert "does not matter" in line(told("plugin=[steer,fork_mask]"), "order")
-    assert "of the current policy, it is computed anew in each of the 8 updates" in text
+    assert "off-policy p is another one in each of the 8 updates" in text
     on = told("plugin=[fork_mask]", "plugin.fork_mask.policy=rollout")
     assert "fixed at the rollout" in line(on, "reads")
 
