@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
@@ -32,7 +32,8 @@ from rewards.checked import Checked
 from rewards.errors import RewardError
 from rewards.gate import Gated, Once
 from rl.checkpoint import Checkpoints
-from rl.config import did_you_mean, gate_order, reward_gates
+from rl.config import did_you_mean, gate_order, reward_gates, shadow_plugins
+from rl.contract import TokenPlugin
 from rl.draw import Decoding
 from rl.errors import CheckpointError, ConfigError, EntrlError
 from rl.evaluate import check_ks
@@ -95,9 +96,26 @@ def check_seed(key: str, value: Any) -> None:
         raise ConfigError(f"{key}={value} is no seed. Expected a whole number from 0 to {2**32 - 1}.")
 
 
+def plugin(name: str, node: DictConfig) -> TokenPlugin:
+    """One plug-in, from all of its keys but ``shadow``, which is not its own.
+
+    Raises:
+        ConfigError: it cannot be made, or ``shadow`` is no truth value.
+    """
+    if not isinstance(node.get("shadow", False), bool):
+        raise ConfigError(f"plugin.{name}.shadow={node.shadow} is neither true nor false.")
+    return make(f"plugin.{name}", OmegaConf.masked_copy(node, [key for key in node if key != "shadow"]))
+
+
 def pipeline(cfg: DictConfig) -> Pipeline:
-    """The selected plug-ins in order."""
-    return Pipeline({name: make(f"plugin.{name}", node) for name, node in cfg.plugin.items()})
+    """The selected plug-ins in order, shadows apart."""
+    return pipeline_of(cfg, {name: plugin(name, node) for name, node in cfg.plugin.items()})
+
+
+def pipeline_of(cfg: DictConfig, made: Mapping[str, TokenPlugin]) -> Pipeline:
+    """The pipeline of plug-ins that were ``made`` of ``cfg``, by name."""
+    shadows = {name: made[name] for name in shadow_plugins(cfg) if name in made}
+    return Pipeline({name: p for name, p in made.items() if name not in shadows}, shadows)
 
 
 def tokenizer(path: str, model: DictConfig) -> PreTrainedTokenizerBase:

@@ -69,6 +69,7 @@ _OPEN = (
     "data.where.",
     "data.weights.",
 )  # maps that take further keys
+_SHADOW = re.compile(r"plugin\.\w+\.shadow")  # a key of every plug-in, which no yaml of theirs lists
 # Keys that hold whole data sets by name: a list of names stands for their files in configs/data/.
 _SETS = ("data.sets", "data.filter.decontaminate", "eval.sets")
 
@@ -81,7 +82,8 @@ def _as_hydra(override: str) -> list[str]:
         if "mixture" in names:
             raise ConfigError(f"{override}: a mixture cannot be one of several sets. Name the sets that it is made of.")
         return [f"+data@{key}.{name}={name}" for name in dict.fromkeys(names)]
-    return [f"++{override}" if key.startswith(_OPEN) and value else override]
+    further = key.startswith(_OPEN) or _SHADOW.fullmatch(key)
+    return [f"++{override}" if further and value else override]
 
 
 def choices(override: str) -> list[str]:
@@ -278,6 +280,16 @@ def _first_line(error: Exception) -> str:
 def plugin_names() -> list[str]:
     """The plug-ins that ship with entrl."""
     return _options("plugin")
+
+
+def shadow_plugins(cfg: DictConfig) -> list[str]:
+    """The selected plug-ins that only measure what they would do."""
+    return [name for name, node in cfg.plugin.items() if node.get("shadow", False)]
+
+
+def acting_plugins(cfg: DictConfig) -> list[str]:
+    """The selected plug-ins that act, in order."""
+    return [name for name in cfg.plugin if name not in shadow_plugins(cfg)]
 
 
 def differences(cfg: DictConfig, base: DictConfig) -> dict[str, tuple[Any, Any]]:

@@ -7,7 +7,7 @@ completions, columns are completion tokens, unless noted; entropies are in nats 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, Protocol
@@ -82,6 +82,20 @@ class Mean(NamedTuple):
         return cls((values.detach() * where).sum(), where.sum())
 
 
+class Cosine(NamedTuple):
+    """The cosine of two vectors over tokens, kept as their product and their squared lengths, so that those add up exactly too."""
+
+    product: Tensor
+    first: Tensor
+    second: Tensor
+
+    @classmethod
+    def of(cls, a: Tensor, b: Tensor, where: Tensor) -> Cosine:
+        """The cosine of ``a`` and ``b`` over the tokens in ``where``."""
+        a, b = a.detach() * where, b.detach() * where
+        return cls((a * b).sum(), (a * a).sum(), (b * b).sum())
+
+
 @dataclass(frozen=True)
 class Penalty:
     """A loss term ``coef * sum(per_token over where) / n`` with n = all trainable tokens, or those in ``where``.
@@ -111,7 +125,7 @@ class Signal:
     keep: Tensor  # bool, and-ed
     rescale: Tensor  # broadcastable to (B, T): n_all / n_kept for a method whose denominator is the kept tokens
     penalties: tuple[Penalty, ...] = ()
-    metrics: Mapping[str, Mean] = field(default_factory=dict)
+    metrics: Mapping[str, Mean | Cosine] = field(default_factory=dict)
 
     @classmethod
     def start(cls, tokens: TokenBatch) -> Signal:
@@ -148,12 +162,36 @@ class Signal:
         return replace(self, metrics={**self.metrics, name: Mean.of(values, where)})
 
 
+@dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """What ``entrl explain`` says of a plug-in as it is set. The contract laws test everything but the words.
+
+    Attributes:
+        formula: lines with the numbers filled in; H is entropy, p the sampled token's probability, A the advantage.
+        reads: fields of TokenBatch that decide what it does, beside ``mask``. "advantages": as earlier plug-ins shaped them.
+        changes: fields of Signal.
+        statistics: each number that is made of several tokens, and its scope.
+        denominator: "kept" where the policy loss is rescaled to a mean over the kept tokens.
+        penalties: name -> coefficient and denominator.
+        differs: from the paper and its official code, a sentence each.
+    """
+
+    formula: Sequence[str]
+    reads: Sequence[str]
+    changes: Sequence[Literal["keep", "weight", "advantages"]]
+    statistics: Mapping[str, Scope] = field(default_factory=dict)
+    denominator: Denominator = "all"
+    penalties: Mapping[str, tuple[float, Denominator]] = field(default_factory=dict)
+    differs: Sequence[str] = ()
+
+
 class TokenPlugin(Protocol):
     """One method: ``rl/plugins/<name>.py`` + ``configs/plugin/<name>.yaml`` + ``tests/plugins/test_<name>.py``.
 
     Optional beside it: ``promises``, a subset of PROMISES; ``state_dict() / load_state_dict(state)`` for controllers,
     kept of each rank: tensors, numbers, texts, truth values, None, lists, dictionaries with text keys;
-    ``check(run) -> list[str]`` for advice before a run (``run`` is a :class:`RunFacts`).
+    ``check(run) -> list[str]`` for advice before a run (``run`` is a :class:`RunFacts`); ``explain() -> Explanation`` for
+    ``entrl explain``, which otherwise knows the docstring's first sentence.
     """
 
     needs: frozenset[str]  # a subset of NEEDS
@@ -177,7 +215,9 @@ class RunFacts:
 __all__ = [
     "NEEDS",
     "PROMISES",
+    "Cosine",
     "Denominator",
+    "Explanation",
     "Mean",
     "Penalty",
     "Reduce",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from trl import GRPOConfig
 
-from rl.contract import Mean
+from rl.contract import Cosine, Mean
 from rl.reduce import all_max, all_sum, gather, union
 
 
@@ -25,7 +26,7 @@ class Meter:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self._means: dict[str, Mean] = {}
+        self._sums: dict[str, Cosine] = {}  # a mean is one too: total / sqrt(count x count)
         self._since, self._rollout, self._tokens = time.perf_counter(), 0.0, 0.0
         self._totals = [0.0, 0.0, 0.0]  # tokens, rollout seconds, wall seconds
 
@@ -33,11 +34,12 @@ class Meter:
         """The clock begins now."""
         self._since = time.perf_counter()
 
-    def add(self, means: Mapping[str, Mean]) -> None:
-        """Add to the step's means by name."""
+    def add(self, means: Mapping[str, Mean | Cosine]) -> None:
+        """Add to the step's means and cosines by name."""
         for name, mean in means.items():
-            before = self._means.get(name)
-            self._means[name] = mean if before is None else Mean(before.total + mean.total, before.count + mean.count)
+            own = Cosine(*mean, mean.count) if isinstance(mean, Mean) else mean
+            before = self._sums.get(name)
+            self._sums[name] = own if before is None else Cosine(*(a + b for a, b in zip(before, own, strict=True)))
 
     def add_rollout(self, seconds: float, tokens: float) -> None:
         """One rollout took so long and gave so many completion tokens on this rank."""
@@ -45,18 +47,18 @@ class Meter:
         self._tokens += tokens
 
     def flush(self) -> dict[str, float]:
-        """The step's means and times; every rank must call it, whatever it has seen. A mean of nothing is left out."""
+        """The step's means, cosines and times; every rank must call it, whatever it has seen. A mean of nothing is left out."""
         return self._flush_means() | self._flush_clock()
 
     def _flush_means(self) -> dict[str, float]:
-        names = union(self._means, self.device)  # a plug-in may log something on one rank only
-        own = torch.zeros(len(names), 2, dtype=torch.float64, device=self.device)
+        names = union(self._sums, self.device)  # a plug-in may log something on one rank only
+        own = torch.zeros(len(names), 3, dtype=torch.float64, device=self.device)
         for place, name in enumerate(names):
-            if name in self._means:
-                own[place] = torch.stack([torch.as_tensor(v, device=self.device).double() for v in self._means[name]])
-        self._means = {}
-        sums = all_sum(own).tolist()
-        return {name: total / count for name, (total, count) in zip(names, sums, strict=True) if count > 0}
+            if name in self._sums:
+                own[place] = torch.stack([torch.as_tensor(v, device=self.device).double() for v in self._sums[name]])
+        self._sums = {}
+        sums = zip(names, all_sum(own).tolist(), strict=True)
+        return {name: total / math.sqrt(a * b) for name, (total, a, b) in sums if a * b > 0}
 
     def _flush_clock(self) -> dict[str, float]:
         now = time.perf_counter()

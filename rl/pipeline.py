@@ -1,16 +1,21 @@
-"""Runs plug-ins in order and audits each: a method that touches no token is an alarm, not a silent no-op."""
+"""Runs plug-ins in order and audits each: a method that touches no token is an alarm, not a silent no-op.
+
+Shadows run beside them and change nothing: what each would do to plain GRPO is measured, compared and thrown away.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rl.contract import NEEDS, PROMISES, Mean, RunFacts, Signal, TokenBatch, TokenPlugin
+from rl.contract import NEEDS, PROMISES, Cosine, Mean, Penalty, RunFacts, Signal, TokenBatch, TokenPlugin
 from rl.errors import ConfigError
+
+_GRADIENT = frozenset({"logp.grad", "entropy.grad", "zero_advantage"})
 
 
 class Pipeline:
@@ -18,28 +23,46 @@ class Pipeline:
 
     Args:
         plugins: name -> plug-in; the name prefixes its metrics and penalties.
+        shadows: name -> plug-in that sees plain GRPO's signal and changes nothing; of what it needs it gets the values, without
+            gradient. A name is in one of the two.
 
     Raises:
         ConfigError: a plug-in needs something no batch has, or promises something nobody asks for.
     """
 
-    def __init__(self, plugins: Mapping[str, TokenPlugin]):
-        for name, plugin in plugins.items():
+    def __init__(self, plugins: Mapping[str, TokenPlugin], shadows: Mapping[str, TokenPlugin] | None = None):
+        self.plugins, self.shadows = dict(plugins), dict(shadows or {})
+        for name, plugin in self._all.items():
             if unknown := set(plugin.needs) - NEEDS:
                 raise ConfigError(f"plugin.{name} needs {sorted(unknown)}. Known needs: {sorted(NEEDS)}.")
             if unknown := _promises(plugin) - PROMISES:
                 raise ConfigError(f"plugin.{name} promises {sorted(unknown)}. Known promises: {sorted(PROMISES)}.")
-        self.plugins = dict(plugins)
-        self.needs = frozenset().union(*(p.needs for p in self.plugins.values()))
-        self.promises = PROMISES.intersection(*map(_promises, self.plugins.values()))
+        acting = frozenset().union(*(p.needs for p in self.plugins.values()))
+        self.needs = acting.union(*(p.needs - _GRADIENT for p in self.shadows.values()))
+        self.promises = PROMISES.intersection(*map(_promises, self._all.values()))
+
+    @property
+    def _all(self) -> dict[str, TokenPlugin]:
+        return self.plugins | self.shadows
 
     def __call__(self, tokens: TokenBatch) -> Signal:
-        """The signal after all plug-ins, each one's metrics under ``plugin/<name>/``."""
-        signal = Signal.start(tokens)
+        """The signal after all plug-ins, each one's metrics under ``plugin/<name>/``, and the overlap of shadows with it."""
+        start = signal = Signal.start(tokens)
         for name, plugin in self.plugins.items():
             after = plugin(tokens, replace(signal, metrics={}))
             signal = _named(name, tokens, signal, after)
-        return signal
+        overlaps = {}
+        for name, plugin in self.shadows.items():
+            would = self._as_shadow(name, plugin, tokens, start)
+            overlaps |= would.metrics | _overlap(name, tokens, start, would, signal, acts=bool(self.plugins))
+        return replace(signal, metrics={**signal.metrics, **overlaps})
+
+    @staticmethod
+    @torch.no_grad()
+    def _as_shadow(name: str, plugin: TokenPlugin, tokens: TokenBatch, start: Signal) -> Signal:
+        devices = [tokens.logp.device] if tokens.logp.is_cuda else []
+        with torch.random.fork_rng(devices):  # one that draws random numbers would change the next rollout
+            return _named(name, tokens, start, plugin(tokens, start))
 
     def check_gradients(self, signal: Signal, alive: Tensor | None = None) -> None:
         """Refuse a signal some of whose gradient would be lost, because a plug-in does not say what it needs.
@@ -65,20 +88,20 @@ class Pipeline:
     def check(self, run: RunFacts) -> list[str]:
         """Advice of the plug-ins about this run, one sentence each."""
         return [
-            f"plugin.{name}: {advice}"
-            for name, plugin in self.plugins.items()
+            f"plugin.{name}{' (a shadow)' if name in self.shadows else ''}: {advice}"
+            for name, plugin in self._all.items()
             if hasattr(plugin, "check")
             for advice in plugin.check(run)
         ]
 
     def state_dict(self) -> dict[str, Any]:
         """State of the plug-ins that have some."""
-        return {name: p.state_dict() for name, p in self.plugins.items() if hasattr(p, "state_dict")}
+        return {name: p.state_dict() for name, p in self._all.items() if hasattr(p, "state_dict")}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what ``state_dict`` gave; plug-ins without state are left alone."""
-        for name, value in state.items():
-            self.plugins[name].load_state_dict(value)
+        """Restore what ``state_dict`` gave; plug-ins without state are left alone, and a shadow may be gone."""
+        for name in state.keys() & self._all.keys():
+            self._all[name].load_state_dict(state[name])
 
 
 def _promises(plugin: TokenPlugin) -> frozenset[str]:
@@ -96,8 +119,26 @@ def _named(name: str, tokens: TokenBatch, before: Signal, after: Signal) -> Sign
 def _audit(tokens: TokenBatch, before: Signal, after: Signal, added) -> dict[str, Mean]:
     """``touched``: share of trainable tokens whose mask, weight, advantage or penalty the plug-in changed.
     ``adv_mass``: sum |effective advantage| after / before."""
+    mass = torch.stack([s.effective.abs().mul(tokens.mask).sum() for s in (after, before)])
+    changed = _changed(before, after, added)
+    return {"touched": Mean.of(changed.float(), tokens.mask), "adv_mass": Mean(mass[0], mass[1])}
+
+
+def _changed(before: Signal, after: Signal, added: Sequence[Penalty]) -> Tensor:
+    """(B, T) whether the policy loss of a token or a penalty on it is another one."""
     changed = (after.keep != before.keep) | (after.weight != before.weight) | (after.advantages != before.advantages)
     for penalty in added:
         changed = changed | (penalty.where & (penalty.per_token.detach() * penalty.coef != 0))
-    mass = torch.stack([s.effective.abs().mul(tokens.mask).sum() for s in (after, before)])
-    return {"touched": Mean.of(changed.float(), tokens.mask), "adv_mass": Mean(mass[0], mass[1])}
+    return changed
+
+
+def _overlap(
+    name: str, tokens: TokenBatch, start: Signal, would: Signal, signal: Signal, acts: bool
+) -> dict[str, Mean | Cosine]:
+    """``jaccard``: tokens that both the shadow and the acting pipeline touch / that either does, where one ``acts``.
+    ``cosine``: of their effective advantages over the trainable tokens, penalties left out."""
+    found = {f"shadow/{name}/cosine": Cosine.of(would.effective, signal.effective, tokens.mask)}
+    if acts:
+        a, b = (_changed(start, s, s.penalties) & tokens.mask for s in (would, signal))
+        found[f"shadow/{name}/jaccard"] = Mean((a & b).sum(), (a | b).sum())
+    return found

@@ -9,7 +9,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from rl import rundir
-from rl.config import differences
+from rl.config import acting_plugins, differences
 from rl.engine import Engine, engine, write_deepspeed
 from rl.errors import CheckpointError, ConfigError
 from rl.preflight.brief import Ready, before_training, settings_only
@@ -54,7 +54,7 @@ def refuse_secrets(cfg: DictConfig) -> None:
 
 def write(cfg: DictConfig, overrides: Sequence[str], argv: Sequence[str], found: Engine) -> Path:
     """Write the run folder: config.yaml with name and processes filled in, and what else says what will run."""
-    name = cfg.run.name or rundir.run_name(cfg.model.name, cfg.data.name, list(cfg.plugin), cfg.seed)
+    name = cfg.run.name or rundir.run_name(cfg.model.name, cfg.data.name, acting_plugins(cfg), cfg.seed)
     filled = OmegaConf.merge(cfg, {"run": {"name": name}, "engine": {"processes": found.processes}})
     folder = rundir.create(Path(cfg.run.dir), name, cfg.run.overwrite)
     public = OmegaConf.create(without_secrets(OmegaConf.to_container(filled)))

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from rl.config import acting_plugins
 from rl.errors import ConfigError
 from rl.paths import slurm_dir
 from rl.server import server_of
@@ -130,7 +131,7 @@ def submit_run(cfg: DictConfig, overrides: Sequence[str], argv: Sequence[str], s
     check(cfg)
     if show:
         prepare.check(cfg, here=False)
-        name = cfg.run.name or rundir.run_name(cfg.model.name, cfg.data.name, list(cfg.plugin), cfg.seed)
+        name = cfg.run.name or rundir.run_name(cfg.model.name, cfg.data.name, acting_plugins(cfg), cfg.seed)
         print(render(cfg, Path(cfg.run.dir) / name), end="")
         return
     _require("sbatch")

@@ -19,6 +19,7 @@ from rl.callbacks.alarm import NoOpAlarm
 from rl.callbacks.progress import Progress, show_sample
 from rl.callbacks.stop import StopAtBoundary
 from rl.checkpoint import newest_good, rewind
+from rl.config import acting_plugins, shadow_plugins
 from rl.dynamics import Dynamics
 from rl.engine import Engine, engine, enter, whole
 from rl.errors import ConfigError, Stopped
@@ -147,7 +148,9 @@ def _announce(cfg: DictConfig, found: Engine, ready: Ready, model: PreTrainedMod
     size = f", {model.num_parameters() / 1e6:.1f} M parameters" if model is not None else ""
     print(f"model     {cfg.model.path}{size}")
     print(f"data      {ready.problems.describe()}")
-    print(f"plug-ins  {', '.join(cfg.plugin) or 'none: plain GRPO'}")
+    print(f"plug-ins  {', '.join(acting_plugins(cfg)) or 'none: plain GRPO'}")
+    if shadows := shadow_plugins(cfg):
+        print(f"shadows   {', '.join(shadows)}: measured, they change nothing")
     print(f"batch     {ready.algebra.describe()}")
     if found.world > 1 or found.deepspeed:
         print(f"engine    {found.describe()}")
@@ -187,7 +190,7 @@ def _tracker(folder: Path, cfg: DictConfig) -> Iterator[Tracker | None]:
         mode=resolve_mode(cfg.logger.mode),
         name=cfg.run.name,
         group=cfg.run.group,
-        tags=list(cfg.plugin) or ["grpo"],
+        tags=[*(acting_plugins(cfg) or ["grpo"]), *(f"shadow:{name}" for name in shadow_plugins(cfg))],
         config=OmegaConf.to_container(cfg),
         init_timeout=cfg.logger.init_timeout,
         finish_timeout=cfg.logger.finish_timeout,
@@ -207,6 +210,7 @@ def _trainer(cfg, ready: Ready, model, recorder: Recorder, checkpoints, tracker:
             show_sample(step, rows)
             tracker.table(step, "rollouts", rows)
 
+    alarm = NoOpAlarm(ready.pipeline.shadows)
     return EntropyTrainer(
         model=model,
         reward_funcs=ready.rewards,
@@ -218,7 +222,7 @@ def _trainer(cfg, ready: Ready, model, recorder: Recorder, checkpoints, tracker:
         dynamics=Dynamics(None),
         recorder=recorder,
         checkpoints=checkpoints,
-        sinks=[] if tracker is None else [tracker.log, Progress(ready.args.max_steps), samples, NoOpAlarm()],
+        sinks=[] if tracker is None else [tracker.log, Progress(ready.args.max_steps), samples, alarm],
         answers=ready.problems.answers,
         sampler=build.sampler(cfg, model, ready.args, ready.pipeline),
         train_share=cfg.rollout.train_share,
@@ -266,7 +270,8 @@ def _evaluate_and_train(cfg, folder, trainer, ready: Ready, sets, stop, newest: 
         **({"sets": metrics} if len(sets) > 1 else {}),
         "seconds": seconds,
         "tokens_per_second": trainer.meter.tokens_per_second(),
-        "plugins": list(cfg.plugin),
+        "plugins": acting_plugins(cfg),
+        "shadows": shadow_plugins(cfg),
         "seed": cfg.seed,
         "steps": step,
     }

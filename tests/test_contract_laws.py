@@ -1,6 +1,7 @@
 """The laws every plug-in obeys, run over every file in configs/plugin/ in its default and its other modes."""
 
 import importlib
+import inspect
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from ranks import two_ranks
 from rl.contract import NEEDS, Signal
 from rl.errors import ConfigError
 from rl.pipeline import Pipeline
+from rl.reduce import Reduce
 from rl.testing import batch_from_logits, loss_from_signal
 
 PLUGINS = Path(__file__).parents[1] / "configs" / "plugin"
@@ -212,6 +214,103 @@ def test_audit_reports_what_was_touched(plugin):
     touched, mass = signal.metrics["plugin/it/touched"], signal.metrics["plugin/it/adv_mass"]
     assert touched.count == tokens.mask.sum() and 0 < touched.total / touched.count <= 1
     assert mass.count > 0 and mass.total.isfinite()
+
+
+def test_as_a_shadow_it_changes_nothing(plugin):
+    _, tokens = batch(requires_grad=True)
+    acting = {"acts": load("rank_shaping")[0]()}
+    alone, random = Pipeline(acting)(tokens), torch.get_rng_state()
+    beside = Pipeline(acting, {"it": plugin})(tokens)
+    assert torch.equal(alone.effective, beside.effective) and not beside.penalties
+    assert all(
+        torch.equal(*pair)
+        for name in alone.metrics
+        for pair in zip(alone.metrics[name], beside.metrics[name], strict=True)
+    )
+    assert {"plugin/it/touched", "shadow/it/cosine", "shadow/it/jaccard"} <= beside.metrics.keys()
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+# ---- what it says of itself ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in PLUGINS.glob("*.yaml")))
+def test_every_shipped_method_explains_itself_with_its_numbers(name):
+    cls, defaults = load(name)
+    number = {"rho": 0.37, "w_min": 0.37, "beta": 0.37, "coef_low": 0.37}
+    setting = next(key for key in number if key in defaults)
+    said = cls(**{**defaults, setting: 0.37}).explain()
+    assert any(word in line for line in said.formula for word in ("0.37", "0.63"))  # 0.63: the quantile of the top 0.37
+
+
+def explained(plugin):
+    if not hasattr(plugin, "explain"):
+        pytest.skip("does not explain itself")
+    return plugin.explain()
+
+
+def test_the_scopes_it_names_are_those_it_uses(plugin, monkeypatch):
+    said, used = set(explained(plugin).statistics.values()), set()
+    for name in ("sum", "max", "quantile", "topk"):
+        original = getattr(Reduce, name)
+
+        def recorded(*args, _original=original, **kwargs):
+            used.add(inspect.signature(_original).bind(*args, **kwargs).arguments["scope"])
+            return _original(*args, **kwargs)
+
+        monkeypatch.setattr(Reduce, name, recorded)
+    _, tokens = batch()
+    plugin(tokens, Signal.start(tokens))
+    assert used == said
+
+
+def test_the_denominator_and_the_penalties_are_as_it_says(plugin):
+    said = explained(plugin)
+    _, tokens = batch(requires_grad=True)
+    signal = plugin(tokens, Signal.start(tokens))
+    kept = (signal.keep & tokens.mask).sum()
+    factor = tokens.mask.sum() / kept if said.denominator == "kept" else torch.tensor(1.0)
+    torch.testing.assert_close(signal.rescale.double(), factor.double(), rtol=1e-6, atol=0)
+    assert {p.name: (p.coef, p.denominator) for p in signal.penalties} == dict(said.penalties)
+
+
+def test_it_changes_what_it_says_and_nothing_else(plugin):
+    said = set(explained(plugin).changes)
+    _, tokens = batch()
+    start = Signal.start(tokens)
+    after = plugin(tokens, start)
+    assert said == {
+        f for f in ("keep", "weight", "advantages") if not torch.equal(getattr(start, f), getattr(after, f))
+    }
+
+
+FIELDS = ("advantages", "logp", "old_logp", "entropy", "old_entropy", "rank", "ref_logp", "full_kl", "rollout_entropy")
+
+
+@pytest.mark.parametrize("field", [*FIELDS, "reward", "group", "ids"])
+def test_it_reads_what_it_says_and_nothing_else(plugin, field):
+    said = explained(plugin)
+    _, tokens = batch()
+    g = torch.Generator().manual_seed(1)
+    value = getattr(tokens, field)
+    other = torch.rand(value.shape, generator=g, dtype=torch.float64)
+    other = {"logp": -3 * other, "old_logp": -3 * other, "advantages": other - 0.5}.get(field, 3 * other)
+    other = (11 * other).long() if not value.is_floating_point() else other
+    changed = replace(tokens, **{field: other.to(value.dtype)})
+
+    def does(tokens, start):
+        signal = plugin(tokens, start)
+        advantages = [signal.advantages] if field != "advantages" or "advantages" in said.changes else []
+        return [
+            signal.keep,
+            signal.weight,
+            signal.rescale,
+            *advantages,
+            *(p.mean(tokens.mask) for p in signal.penalties),
+        ]
+
+    same = all(map(torch.equal, does(tokens, Signal.start(tokens)), does(changed, Signal.start(changed))))
+    assert same == (field not in said.reads)
 
 
 # ---- two ranks -----------------------------------------------------------------------------------------------------------

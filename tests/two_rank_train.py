@@ -115,7 +115,12 @@ CASES = {
     },
     "recorded": lambda: {"plugins": {"mask": ForkMask(rho=0.4, policy="rollout")}, **OFF_POLICY, **SOME},
     "idle": lambda: {"plugins": forks(rho=0.4), **ACCUMULATED, **EMPTY},
-    "empty": lambda: {"plugins": forks(rho=0.4, denominator="kept"), **ACCUMULATED, **MASKED},
+    "empty": lambda: {
+        "plugins": forks(rho=0.4, denominator="kept"),
+        "shadows": {"steer": Steer(scope="world"), "rank": RankShaping(lam_tail=-0.1, k=3)},
+        **ACCUMULATED,
+        **MASKED,
+    },
     "empty live": lambda: {
         # a rho without ties at its cut: a group's first tokens have one entropy, and rounding would decide between them
         "plugins": {"steer": Steer(mapping="linear", scope="world"), "mask": ForkMask(selector="topk", rho=0.8)},
@@ -154,7 +159,7 @@ def run(model: str, out: Path, case: str, world: int, zero: bool) -> None:
         extra={
             "sinks": [lambda step, metrics, histograms: lines.append([metrics, histograms["entropy/hist"].counts])],
             "answers": lambda texts: texts,
-            "pipeline": Pipeline(plugins),
+            "pipeline": Pipeline(plugins, changes.pop("shadows", None)),
             "recorder": Recorder(out / f"{case}.rollouts", every=1, max_rows=10),
         },
         per_device_train_batch_size=rows // world,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from rl.contract import Denominator, Signal, TokenBatch
+from rl.contract import Denominator, Explanation, Scope, Signal, TokenBatch
 from rl.errors import ConfigError
 from rl.plugins.checks import fraction as check_fraction
 from rl.plugins.checks import n_all_over_kept, one_of
@@ -28,8 +28,7 @@ class EntropyBand:
         v2  upper = median(H_S), lower = max(0, upper - 1.4826 MAD(H_S));  policy and band over all N tokens, KL over S
         band  coef_low relu(lower - H_t) + coef_high relu(H_t - upper);  KL = kl_coef sum_v p (ln p - ln p_ref)
 
-    Source: SPINE (arXiv 2511.17938) v1 and v2. There is no official code; v1's denominators are a reconstruction, v2
-    follows an independent re-implementation, whose selector is ``otsu_hist100``.
+    Source: SPINE (arXiv 2511.17938) v1 and v2, and an independent re-implementation of v2; ``explain`` says what differs.
 
     Args:
         version: which of the two. selector: "quantile" takes the top ``fraction`` of each completion (v1's);
@@ -87,6 +86,52 @@ class EntropyBand:
             signal = signal.log("kl", tokens.full_kl, selected)
         inside = (h >= lower) & (h <= upper)
         return signal.log("kept", selected.float(), tokens.mask).log("inside", inside.float(), selected)
+
+    def explain(self) -> Explanation:
+        """Selection, band and anchor at these settings."""
+        v1 = self.version == "v1"
+        selected = {
+            "quantile": f"τ = the {1 - self.fraction:.4g}-quantile of H",
+            "otsu_exact": "τ = the middle of the gap that best splits the sorted H in two (Otsu)",
+            "otsu_hist100": "τ = the centre of the bin that best splits a histogram of 100 bins of H in two (Otsu)",
+        }
+        edges = (
+            "lower, upper = the 0.1- and the 0.5-quantile of H in S"
+            if v1
+            else "upper = median of H in S,  lower = max(0, upper - max(1.4826 MAD, 0.000001))"
+        )
+        over: Denominator = "kept" if v1 else "all"
+        penalties: dict[str, tuple[float, Denominator]] = {}
+        lines = [f"keep = 1[H >= τ], the tokens S;  {selected[self.selector]}", edges]
+        if self.coef_low:
+            penalties["low"] = (self.coef_low, over)
+            lines.append("low = relu(lower - H) over S")
+        if self.coef_high:
+            penalties["high"] = (self.coef_high, over)
+            lines.append("high = relu(H - upper) over S")
+        if self.kl_coef:
+            penalties["kl"] = (self.kl_coef, "kept")
+            lines.append("kl = Σ_v p_v (ln p_v - ln p_ref_v) over S, of the whole vocabulary")
+        statistics: dict[str, Scope] = {"τ": "response", "lower and upper": "response"}
+        return Explanation(
+            formula=lines,
+            reads=["entropy", *(["full_kl"] if self.kl_coef else [])],
+            changes=["keep"],
+            statistics=statistics | ({"n_all / n_kept": "world"} if v1 else {}),
+            denominator=over,
+            penalties=penalties,
+            differs=list(self._differences()),
+        )
+
+    def _differences(self) -> Iterator[str]:
+        yield "there is no official code"
+        if self.version == "v1":
+            yield "the paper leaves the denominators open: means over S are a reconstruction"
+        if self.selector != ("quantile" if self.version == "v1" else "otsu_hist100"):
+            theirs = "the top 20 % (quantile)" if self.version == "v1" else "100 bins (otsu_hist100)"
+            yield f"the {'paper' if self.version == 'v1' else 're-implementation'} selects with {theirs}"
+        yield "the coefficients of the band and the KL are a re-implementation's 0.01; the paper's are not known"
+        yield "the re-implementation divides advantages by the population deviation of a group, TRL by the sample's"
 
     def _threshold(self, mask: Tensor, h: Tensor) -> Tensor:
         if self.selector == "quantile":

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from rl.contract import Denominator, Scope, Signal, TokenBatch
+from rl.contract import Denominator, Explanation, Scope, Signal, TokenBatch
 from rl.plugins.checks import fraction, n_all_over_kept, one_of
 
 Selector = Literal["quantile", "topk"]
@@ -19,11 +19,8 @@ class ForkMask:
 
     ``J = 1/N_all sum_t 1[H_t >= tau_rho] min(r_t A, clip(r_t) A)`` with H the policy's entropy at the rollout
     temperature and tau over all tokens of the scope, never through the gradient. Source: Beyond the 80/20 Rule
-    (arXiv 2506.01939), section 5. KL and other penalties keep all tokens.
-
-    Differs from the official code in the defaults: the code takes ``selector="topk", scope="micro", denominator="kept"``,
-    the paper's equation divides by all tokens. TRL's ``top_entropy_quantile`` is ``selector="quantile", scope="world",
-    denominator="all"``, which is the default here.
+    (arXiv 2506.01939), section 5. KL and other penalties keep all tokens. The defaults are TRL's ``top_entropy_quantile``;
+    ``explain`` says what differs from the paper and its code.
 
     Args:
         rho: share of the tokens that count as forking, 0 < rho <= 1.
@@ -73,6 +70,45 @@ class ForkMask:
         if self.denominator == "kept":
             rescale = n_all_over_kept(tokens, kept, "world" if self.scope in ("world", "rollout") else "micro")
         return signal.drop(tokens.mask & ~kept, rescale).log("kept", kept.float(), tokens.mask)
+
+    def explain(self) -> Explanation:
+        """The mask at these settings."""
+        high = self.keep == "high"
+        if self.selector == "quantile":
+            rule = f"keep = 1[H {'>=' if high else '<'} τ],  τ = the {1 - self.rho:.4g}-quantile of H"
+            of_several = "τ"
+        else:
+            rule = f"keep = 1[H {'is' if high else 'is not'} among the ceil({self.rho:.4g} n) highest of n tokens]"
+            of_several = "the highest"
+        statistics: dict[str, Scope] = {of_several: self.scope}
+        if self.denominator == "kept":
+            statistics["n_all / n_kept"] = "world" if self.scope in ("world", "rollout") else "micro"
+        entropy = "entropy" if self.policy == "current" else "old_entropy"
+        return Explanation(
+            formula=[rule],
+            reads=[entropy, *(["rollout_entropy"] if self.scope == "rollout" else [])],
+            changes=["keep"],
+            statistics=statistics,
+            denominator=self.denominator,
+            differs=list(self._differences()),
+        )
+
+    def _differences(self) -> Iterator[str]:
+        if self.scope in ("response", "rollout"):
+            yield f"τ is that of the {self.scope}; the paper's is of a batch or micro-batch, never of one response"
+        if self.denominator == "kept":
+            yield "the paper's equation divides by all tokens; by the kept ones, as here, does its code"
+        if self.keep == "low":
+            yield "this is the paper's ablation: the other tokens are trained on"
+        if self.policy == "rollout":
+            yield "paper and code take the current policy's entropy; the two are one until the first update from a rollout"
+        code = {
+            "exactly ceil(rho n) tokens, no further ones of equal H": self.selector != "topk",
+            "of one rank's micro-batch": self.scope != "micro",
+            "divided by their number, which makes gradients about 1 / rho times as large": self.denominator != "kept",
+        }
+        if other := [what for what, here in code.items() if here]:
+            yield f"the official code: {', '.join(other)}"
 
     def _forking(self, tokens: TokenBatch) -> Tensor:
         entropy = tokens.entropy.detach() if self.policy == "current" else tokens.old_entropy

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from rl.contract import Signal, TokenBatch
+from rl.contract import Explanation, Signal, TokenBatch
 from rl.errors import ConfigError
 
 
@@ -21,9 +21,9 @@ class RankShaping:
 
     beta < 0 strengthens confident correct tokens (precision), beta > 0 weakens them (diversity); lam_tail < 0 pushes the
     tail down, lam_head > 0 spares the likely alternatives. Source: "Diversity or Precision?" (arXiv 2512.22955),
-    equations 11 to 13, carried from its next-token objective to RL: a reconstruction, the paper applies it before RL
-    (see ``rl.warmstart.next_token_loss`` for that). Tokens with A exactly 0 stay untouched, otherwise groups without
-    reward spread would train on the shaping alone.
+    equations 11 to 13, carried from its next-token objective (``rl.warmstart.next_token_loss``) to RL; ``explain`` says
+    what differs. Tokens with A exactly 0 stay untouched, otherwise groups without reward spread would train on the
+    shaping alone.
 
     Args:
         beta: exponent > -1, where (1 - p)^(1 + beta), the gradient's size, stays bounded. lam_head, lam_tail: shifts.
@@ -42,6 +42,26 @@ class RankShaping:
             raise ConfigError(f"plugin.rank_shaping.k={k} is no count. Expected an integer >= 0; the paper's is 100.")
         self.beta, self.lam_head, self.lam_tail, self.k = beta, lam_head, lam_tail, k
         self.needs, self.promises = frozenset({"rank"} if lam_head or lam_tail else ()), frozenset({"alone"})
+
+    def explain(self) -> Explanation:
+        """The shaping at these settings."""
+        lines, reads = [], ["advantages"]
+        if self.beta:
+            lines.append(f"A > 0:  A' = A (1 - p)^{self.beta:g}")
+            reads.append("logp")
+        if self.lam_head or self.lam_tail:
+            lines.append(f"A < 0:  A' = A + ({self.lam_head:g} where rank <= {self.k}, else {self.lam_tail:g})")
+            reads.append("rank")
+        return Explanation(
+            formula=lines or ["A' = A: all settings are neutral"],
+            reads=reads if lines else [],
+            changes=["advantages"] if lines else [],
+            differs=[
+                "the paper shapes the next-token objective before RL, by its equations 11 to 13; in RL this is a reconstruction",
+                "its factor 1 / p is left out: sampling from the policy brings it already",
+                "there is no official code",
+            ],
+        )
 
     @torch.no_grad()
     def __call__(self, tokens: TokenBatch, signal: Signal) -> Signal:

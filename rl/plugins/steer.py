@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from rl.contract import RunFacts, Scope, Signal, TokenBatch
+from rl.contract import Explanation, RunFacts, Scope, Signal, TokenBatch
 from rl.errors import ConfigError
 from rl.plugins.checks import one_of
 
@@ -31,7 +31,8 @@ class Steer:
         linear   w = w_max - (|Omega| - min) (w_max - w_min) / (max - min);  the middle where max == min
         asymmetric  w = clamp(exp(-k Omega), w_min, w_max): tokens that raise entropy gain weight
 
-    Source: STEER (arXiv 2510.10150); "code" is the released loss mode ``entropy_control``, "asymmetric" its later addition.
+    Source: STEER (arXiv 2510.10150); "code" is the released loss mode ``entropy_control``, "asymmetric" its later addition;
+    ``explain`` says what differs.
     Weights are not renormalised: the denominator stays all trainable tokens. Omega uses the advantages as earlier plug-ins
     shaped them, without their weights.
 
@@ -87,6 +88,46 @@ class Steer:
             clipped |= (advantages < 0) & (ratio < 1 - self.epsilon_low)
             omega = (omega * p).masked_fill(clipped, 0.0)
         return omega.where(omega.isfinite(), 0.0)
+
+    def explain(self) -> Explanation:
+        """The weight at these settings."""
+        low, high = self.w_min, self.w_max
+        strength = f"k = {-math.log(low):.4g} / max(max |Ω|, {_FLOOR:g})"
+        lines = {
+            "exp": [f"w = clamp(exp(-k |Ω|), {low:g}, 1),  {strength}"],
+            "asymmetric": [f"w = clamp(exp(-k Ω), {low:g}, {high:g}),  {strength}"],
+            "linear": [
+                f"w = {high:g} - {high - low:.4g} (|Ω| - min |Ω|) / (max |Ω| - min |Ω|), "
+                f"{(low + high) / 2:.4g} where the two are equal"
+            ],
+        }
+        omega = "Ω = (A / p_old) p (1 - p) (ln p + H)"
+        if self.form == "theorem":
+            ends = f"[{1 - self.epsilon_low:.4g}, {1 + self.epsilon_high:.4g}]"
+            omega = f"Ω = A (p / p_old) p (1 - p) (ln p + H), 0 where A pulls p / p_old further out of {ends}"
+        statistics: dict[str, Scope] = {"max |Ω|": self.scope}
+        if self.mapping == "linear":
+            statistics["min |Ω|"] = self.scope
+        return Explanation(
+            formula=[omega, *lines[self.mapping]],
+            reads=["advantages", "logp", "old_logp", "old_entropy"],
+            changes=["weight"],
+            statistics=statistics,
+            differs=list(self._differences()),
+        )
+
+    def _differences(self) -> Iterator[str]:
+        if self.form == "code":
+            yield "the paper's theorem has A p / p_old for A / p_old, and 0 where PPO clips; this is its released code"
+        else:
+            yield "the released code has A / p_old for A p / p_old, and no clip indicator; this is the paper's theorem"
+        if self.mapping != "exp":
+            yield "the paper and the released script map with exp"
+        if self.scope != "micro":
+            yield f"the code takes the largest |Ω| of one rank's micro-batch, not of the {self.scope}"
+        if self.w_min != 0.7:
+            yield "the paper's best smallest weight is 0.7, the released script's 0.8"
+        yield "its runs also clip ratios above 10 where A < 0 (dual clip), as trainer.delta=10 does"
 
     def _weight(self, tokens: TokenBatch, omega: Tensor) -> Tensor:
         size = omega.abs()

@@ -76,7 +76,7 @@ def examine(overrides: Sequence[str], config_dir: str | None, rollouts: int) -> 
         if config is not None and args is not None and longest is not None:
             check_memory(cfg, section, config, args, pipeline, longest)
     with report.section("plug-ins") as section:
-        if args is not None and pipeline.plugins:
+        if args is not None and (pipeline.plugins or pipeline.shadows):
             settings.check_plugins(section, pipeline, batch_algebra(cfg.trainer, settings.world(cfg)).on_policy)
     if rollouts:
         with report.section("rollouts") as section:

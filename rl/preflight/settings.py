@@ -79,9 +79,9 @@ def check_settings(
     found = section.attempt(engine, cfg, here)
     if found is not None and new and here:  # srun may show a rank its own GPU only
         section.attempt(check_gpus, found)
-    plugins = {name: section.attempt(build.make, f"plugin.{name}", node) for name, node in cfg.plugin.items()}
+    plugins = {name: section.attempt(build.plugin, name, node) for name, node in cfg.plugin.items()}
     good = {name: plugin for name, plugin in plugins.items() if plugin is not None}
-    pipeline = section.attempt(Pipeline, good)
+    pipeline = section.attempt(build.pipeline_of, cfg, good)
     if found is not None and found.stage == 3 and pipeline is not None and "full_kl" in pipeline.needs:
         section.error(str(sharded("ZeRO-3", "plugin.entropy_band")))
     flaws = list(trainer_flaws(cfg.trainer))
@@ -214,10 +214,11 @@ def check_plugins(section: Section, pipeline: Pipeline, on_policy: bool) -> None
         total_steps=100,
     )
     metrics = pipeline(tokens).metrics
-    for name in pipeline.plugins:
+    for name in [*pipeline.plugins, *pipeline.shadows]:
         total, count = metrics[f"plugin/{name}/touched"]
         share = float(total / count)
-        section.fact(f"{name} touches {share:.0%} of the tokens of a synthetic batch")
+        what = name if name in pipeline.plugins else f"the shadow {name}"
+        section.fact(f"{what} touches {share:.0%} of the tokens of a synthetic batch")
         if share == 0:
             section.advise(
                 f"plugin.{name} touches no token of a synthetic {'on' if on_policy else 'off'}-policy batch: are its settings neutral?"

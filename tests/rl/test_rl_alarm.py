@@ -3,8 +3,8 @@ import warnings
 from rl.callbacks.alarm import NoOpAlarm
 
 
-def warned(series, patience=20):
-    alarm = NoOpAlarm(patience)
+def warned(series, patience=20, shadows=()):
+    alarm = NoOpAlarm(shadows, patience)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for step, metrics in enumerate(series, start=1):
