@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-import netrc
 import os
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
-from urllib.parse import urlparse
 
 from rl.errors import ConfigError
 from rl.redact import without_secrets
-from rl.wandb_run import Record, WandbRun, new_run_id, read_lines
+from rl.wandb_run import Record, WandbRun, about, has_key, new_run_id, read_lines
 
 if TYPE_CHECKING:  # torch takes seconds to import, which entrl sync has no use for
     from rl.dynamics import Histogram
@@ -65,7 +63,7 @@ class Tracker:
         run_id = run_id or (earlier.id if earlier else new_run_id())
         summary = earlier.summary if earlier else None
         self._record = Record(run_id, project, entity, name, group, list(tags), summary).save(self.folder)
-        public = without_secrets(config or {})
+        public = {**without_secrets(config or {}), "entrl": about(self.folder, config or {})}
         timeouts = {"init_timeout": init_timeout, "finish_timeout": finish_timeout}
 
         def start(mode):
@@ -168,14 +166,3 @@ def resolve_mode(mode: Mode) -> Mode:
     if wanted not in ("online", "offline", "disabled"):
         raise ConfigError(f"{source}={wanted} is not known. Expected online, offline or disabled.")
     return wanted
-
-
-def has_key() -> bool:
-    """Whether a W&B key is in the environment or in the netrc file; it is never read out."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
-    try:
-        return netrc.netrc().authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False

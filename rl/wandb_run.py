@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import netrc
 import os
 import secrets
 import shutil
@@ -21,9 +22,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
+from urllib.parse import urlparse
 
 from rl.redact import public_words
-from rl.rundir import write_json
+from rl.rundir import read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,34 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
             except json.JSONDecodeError:
                 continue
+
+
+def plugins(config: Mapping[str, Any]) -> str:
+    """The plug-ins of a run in one word, to group by: ``fork_mask+steer``, or ``grpo`` without any."""
+    return "+".join(config.get("plugin") or {}) or "grpo"
+
+
+def about(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What W&B's configuration has beside the run's own, under ``entrl``: version, commit, plug-ins in one word, sets in order."""
+    manifest = read_json(Path(folder) / "manifest.json")
+    data = config.get("data") or {}
+    return {
+        "version": manifest.get("versions", {}).get("entrl"),
+        **(manifest.get("git") or {}),
+        "plugins": plugins(config),
+        "sets": list((config.get("eval") or {}).get("sets") or data.get("sets") or filter(None, [data.get("name")])),
+    }
+
+
+def has_key() -> bool:
+    """Whether a W&B key is in the environment or in the netrc file; it is never read out."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    try:
+        return netrc.netrc().authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 @contextlib.contextmanager
