@@ -61,8 +61,12 @@ class Tracker:
             return
         earlier = Record.load(self.folder)
         run_id = run_id or (earlier.id if earlier else new_run_id())
-        summary = earlier.summary if earlier else None
-        self._record = Record(run_id, project, entity, name, group, list(tags), summary).save(self.folder)
+        kept = {}
+        if earlier:
+            last = last_step(self.folder)  # the training may have gone back behind a later evaluation
+            evaluations = {step: m for step, m in (earlier.evaluations or {}).items() if int(step) <= last}
+            kept = {"summary": earlier.summary, "evaluations": evaluations}
+        self._record = Record(run_id, project, entity, name, group, list(tags), **kept).save(self.folder)
         public = {**without_secrets(config or {}), "entrl": about(self.folder, config or {})}
         timeouts = {"init_timeout": init_timeout, "finish_timeout": finish_timeout}
 
@@ -93,6 +97,26 @@ class Tracker:
         with open(self.folder / "tables.jsonl", "a", encoding="utf-8") as lines:
             lines.write(json.dumps(line) + "\n")
         self._tell("take a table", lambda run: run.send_table(line))
+
+    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Put an evaluation into the history, so that W&B draws it; the bounds of intervals stay in the summary.
+
+        Args:
+            step: of the training, 0 before it. metrics: as ``eval/<set>/pass@1``.
+        """
+        if self._record is None:
+            return
+        kept = {name: value for name, value in metrics.items() if not name.endswith(("/low", "/high"))}
+        every = {**(self._record.evaluations or {}), str(step): kept}
+        self._record = self._record.save(self.folder, evaluations=every)
+        self._tell("take an evaluation", lambda run: run.send_evaluation(step, kept))
+
+    def alert(self, title: str, text: str) -> None:
+        """Have W&B notify the user where the run is online; one that fails is lost, the run is not."""
+        if self._run is not None:
+            lost = self._lost
+            self._tell("send an alert", lambda run: run.alert(title, text))
+            self._lost = lost
 
     def finish(self, summary: Mapping[str, float], failed: bool = False) -> None:
         """Close the files; ``summary`` stays on the W&B run."""

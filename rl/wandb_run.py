@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal, Self
 from urllib.parse import urlparse
 
@@ -33,6 +34,7 @@ class Record:
     """What W&B knows a run by, and how far it got: ``tracking.json`` in the run folder.
 
     delivered: the last step that W&B has, None unless everything arrived and the run was closed there. failed: None until it ended.
+    evaluations: what was measured on held-out problems, by the step (as text).
     """
 
     id: str
@@ -44,6 +46,7 @@ class Record:
     summary: Mapping[str, float] | None = None
     failed: bool | None = None
     delivered: int | None = None
+    evaluations: Mapping[str, Mapping[str, float]] | None = None
 
     @classmethod
     def load(cls, folder: Path) -> Self | None:
@@ -92,6 +95,14 @@ def about(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def import_wandb() -> ModuleType:
+    """wandb without its reports on itself, for which the end of the process waits up to 20 s where no server answers."""
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    import wandb
+
+    return wandb
+
+
 def has_key() -> bool:
     """Whether a W&B key is in the environment or in the netrc file; it is never read out."""
     if os.environ.get("WANDB_API_KEY"):
@@ -101,6 +112,20 @@ def has_key() -> bool:
         return netrc.netrc().authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False
+
+
+def endings(folder: Path) -> dict[str, float]:
+    """What runs are sorted by: mean reward and entropy over the last tenth of the steps, and the lowest entropy of any."""
+    lines = list(read_lines(Path(folder) / "metrics.jsonl"))
+    found = {}
+    for name in ("reward/mean", "entropy/mean"):
+        values = [line[name] for line in lines if line.get(name) is not None]
+        last = values[-max(1, len(values) // 10) :]
+        if last:
+            found[f"last_tenth/{name}"] = sum(last) / len(last)
+        if last and name == "entropy/mean":
+            found[f"lowest/{name}"] = min(values)
+    return found
 
 
 @contextlib.contextmanager
@@ -136,14 +161,12 @@ class WandbRun:
         init_timeout: float,
         finish_timeout: float,
     ):
-        # wandb reports on itself to its server as the process ends, and waits up to 20 s for one that does not answer
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-        import wandb
-
+        wandb = import_wandb()
         self.folder, self.online = Path(folder), mode == "online"
         self._finish_timeout = finish_timeout
         self._table: threading.Thread | None = None
         self._time = time.time()
+        self._evaluations = {int(step): metrics for step, metrics in (record.evaluations or {}).items()}
         settings = wandb.Settings(
             init_timeout=init_timeout,
             finish_timeout=finish_timeout,
@@ -176,7 +199,7 @@ class WandbRun:
             raise
         self._run.define_metric("train/global_step")
         self._run.define_metric("*", step_metric="train/global_step")
-        self.first = self._run.starting_step
+        self.first = self._at = self._run.starting_step
 
     def send(self, line: Mapping[str, Any]) -> None:
         """Send one line of ``metrics.jsonl``, unless the server has its step."""
@@ -184,6 +207,7 @@ class WandbRun:
 
         if line["step"] < self.first:
             return
+        self._at = line["step"]
         row = {"train/global_step": line["step"]}
         for name, value in line.items():
             if isinstance(value, Mapping):
@@ -193,6 +217,15 @@ class WandbRun:
             elif name != "step":
                 row[name] = math.nan if value is None else value
         self._run.log(row, step=line["step"])
+
+    def send_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Send what was measured at ``step``, 0 before the training, into its row, unless that is closed."""
+        if step >= self._at:
+            self._run.log({"train/global_step": step, **metrics, "_timestamp": self._time}, step=step)
+
+    def alert(self, title: str, text: str) -> None:
+        """Have W&B notify the user, by mail or Slack as the account says."""
+        self._run.alert(title=title, text=text, level="WARN")
 
     def send_table(self, line: Mapping[str, Any]) -> None:
         """Send one line of ``tables.jsonl``, into the row that is open.
@@ -230,12 +263,16 @@ class WandbRun:
         for table in read_lines(self.folder / "tables.jsonl"):
             tables.setdefault(table["step"], []).append(table)
         sent = 0
+        if 0 in self._evaluations:
+            self.send_evaluation(0, self._evaluations[0])
         for line in read_lines(self.folder / "metrics.jsonl"):
             if line["step"] < self.first:
                 continue
             self.send(line)
             for table in tables.get(line["step"], []):
                 self._log_table(table)
+            if line["step"] in self._evaluations:
+                self.send_evaluation(line["step"], self._evaluations[line["step"]])
             sent += 1
         return sent
 
@@ -243,7 +280,7 @@ class WandbRun:
         """Close the run and wait for the uploads, ``finish_timeout`` seconds at most; returns whether the server has it all."""
         if self._table is not None:
             self._table.join(timeout=min(10.0, self._finish_timeout))
-        self._run.summary.update(dict(summary))
+        self._run.summary.update({**endings(self.folder), **summary})
         try:
             self._run.finish(exit_code=int(failed))
         except TimeoutError:

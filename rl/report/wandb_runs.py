@@ -13,7 +13,7 @@ import pandas as pd
 
 from rl.errors import EntrlError, ReportError
 from rl.report.reading import Run, histogram_series
-from rl.wandb_run import Record, has_key
+from rl.wandb_run import Record, has_key, import_wandb
 
 if TYPE_CHECKING:
     import wandb
@@ -87,8 +87,8 @@ def asking(what: str) -> Iterator[wandb.Api]:
             f"To {what}, W&B needs a key, and none was found in WANDB_API_KEY or ~/.netrc. Run wandb login."
         )
     try:
-        import wandb
-
+        wandb = import_wandb()
+        wandb.setup(wandb.Settings(silent=True))  # the callers say what there is to say
         yield wandb.Api(timeout=_TIMEOUT)
     except EntrlError:
         raise

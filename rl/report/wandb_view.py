@@ -208,25 +208,23 @@ def _runset(
 def group_keys(groups: Mapping[str, Sequence[Run]]) -> list[str]:
     """What W&B groups by: the sweep where there are several, the plug-ins, then settings that tell the methods apart, three at most."""
     flat = {label: [dict(_leaves(run.config)) for run in of] for label, of in groups.items()}
-    every = [leaves for of in flat.values() for leaves in of]
 
     def tells_apart(key: str) -> bool:
-        of_method = [{json.dumps(leaves.get(key)) for leaves in of} for of in flat.values()]
-        return all(len(values) == 1 for values in of_method) and len(set.union(*of_method)) > 1
+        of_method = [{json.dumps(leaves[key]) for leaves in of if key in leaves} for of in flat.values()]
+        return all(len(values) <= 1 for values in of_method) and len(set.union(*of_method)) > 1
 
-    sweeps = len({run.config.get("run", {}).get("group") for of in groups.values() for run in of}) > 1
-    settings = [
-        key
-        for key in every[0]
-        if all(key in leaves for leaves in every) and not key.startswith("run.") and tells_apart(key)
-    ]
-    return [*(["group"] if sweeps else []), PLUGINS, *settings][:_KEYS]
+    configs = [run.config for of in groups.values() for run in of]
+    sweeps = {config.get("run", {}).get("group") for config in configs}
+    keys = dict.fromkeys(key for of in flat.values() for leaves in of for key in leaves if not key.startswith("run."))
+    settings = [key for key in keys if tells_apart(key)]
+    methods = [PLUGINS] if len({plugins(config) for config in configs}) > 1 or not settings else []
+    return [*(["group"] if len(sweeps) > 1 else []), *methods, *settings][:_KEYS]
 
 
 def _path(run: Run, keys: Sequence[str]) -> list[str | None]:
     """What W&B files a run under: its value of each key, None where it has none."""
     known = {**dict(_leaves(run.config)), PLUGINS: plugins(run.config), "group": run.config.get("run", {}).get("group")}
-    return [None if known[key] is None else str(known[key]) for key in keys]
+    return [None if known.get(key) is None else str(known[key]) for key in keys]
 
 
 def _leaves(config: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
