@@ -107,6 +107,8 @@ class Tracker:
         if self._record is None:
             return
         kept = {name: value for name, value in metrics.items() if not name.endswith(("/low", "/high"))}
+        if step == 0:  # later ones share the row, and the time, of a training step
+            kept["_timestamp"] = round(time.time(), 3)
         every = {**(self._record.evaluations or {}), str(step): kept}
         self._record = self._record.save(self.folder, evaluations=every)
         self._tell("take an evaluation", lambda run: run.send_evaluation(step, kept))

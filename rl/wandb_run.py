@@ -221,7 +221,7 @@ class WandbRun:
     def send_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Send what was measured at ``step``, 0 before the training, into its row, unless that is closed."""
         if step >= self._at:
-            self._run.log({"train/global_step": step, **metrics, "_timestamp": self._time}, step=step)
+            self._run.log({"train/global_step": step, "_timestamp": self._time, **metrics}, step=step)
 
     def alert(self, title: str, text: str) -> None:
         """Have W&B notify the user, by mail or Slack as the account says."""

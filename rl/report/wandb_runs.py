@@ -63,7 +63,7 @@ def fetch(spec: str) -> list[Run]:
     entity, project, group = _places(spec)
     with asking(f"read {spec}") as api:
         found = list(api.runs(f"{entity}/{project}", filters={"group": group} if group else {}, lazy=False))
-        ours = [run for run in found if {"plugin", "trainer", "run"} <= run.config.keys()]
+        ours = [run for run in found if {"trainer", "reward", "run"} <= run.config.keys()]
         if not ours:
             what = f"none of the {len(found)} runs is entrl's" if found else "there is no run"
             raise ReportError(
@@ -116,7 +116,7 @@ def _places(spec: str) -> tuple[str, str, str | None]:
 
 def _run(run: Any, name: str) -> Run:
     """Our view of a ``wandb.apis.public.Run``."""
-    config = dict(run.config)
+    config = {"plugin": {}, "peft": {}, **run.config}  # W&B keeps no empty mapping
     about = config.pop("entrl", {})
     metrics, histograms = _history(run.scan_history(use_cache=False))
     steps = int(metrics.index.max()) if len(metrics) else 0
