@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -194,7 +195,7 @@ def _runset(
     keys = group_keys(groups) if several else []
     paths = {label: _path(of[0], keys) for label, of in groups.items()}
     return ws.RunsetSettings(
-        filters=[expr.Metric("ID").isin(sorted(ids.values()))],
+        filters=expr.And(expr.Metric("ID").isin(sorted(ids.values()))),
         groupby=[expr.Metric("Group") if key == "group" else expr.Config(key) for key in keys],
         order=[expr.Ordering(expr.Metric("CreatedTimestamp"), ascending=True)],
         run_settings={
@@ -236,8 +237,8 @@ def _leaves(config: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, An
 
 
 def _title(groups: Mapping[str, Sequence[Run]]) -> str:
-    names = ", ".join(groups)
-    return f"entrl: {names}"[:120] if names.isascii() else f"entrl: {len(groups)} methods"  # W&B refuses emoji
+    words = f"entrl: {', '.join(groups)}"[:120]
+    return "".join(c if unicodedata.category(c)[0] in "LNPZ" else " " for c in words)  # W&B takes no symbols, "=" included
 
 
 def _project(places: Sequence[tuple[str | None, str]]) -> tuple[str, str]:
