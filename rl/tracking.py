@@ -115,10 +115,12 @@ class Tracker:
 
     def alert(self, title: str, text: str) -> None:
         """Have W&B notify the user where the run is online; one that fails is lost, the run is not."""
-        if self._run is not None:
-            lost = self._lost
-            self._tell("send an alert", lambda run: run.alert(title, text))
-            self._lost = lost
+        if self._run is None:
+            return
+        try:
+            self._run.alert(title, text)
+        except Exception as error:  # of any kind, as in _try
+            print(f"W&B could not send the alert {title!r} ({_reason(error)}).")
 
     def finish(self, summary: Mapping[str, float], failed: bool = False) -> None:
         """Close the files; ``summary`` stays on the W&B run."""
@@ -167,9 +169,12 @@ class Tracker:
             self._lost = True
             if what not in self._said:
                 self._said.add(what)
-                reason = (str(error).splitlines() or [""])[0][:200]
-                print(f"W&B {what} ({type(error).__name__}: {reason}). Nothing is lost: entrl sync delivers it.")
+                print(f"W&B {what} ({_reason(error)}). Nothing is lost: entrl sync delivers it.")
             return None
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 
 
 def last_step(folder: Path) -> int:

@@ -1,4 +1,5 @@
-"""A stand-in for the W&B server on loopback: what wandb 0.31 asks for in an online run, a resumed run and ``wandb sync``.
+"""A stand-in for the W&B server on loopback: what wandb 0.31 asks for in an online run, a resumed run and ``wandb sync``,
+what ``wandb.Api`` asks to read a project, and what wandb-workspaces 0.4 asks to save a view.
 
 ``file_stream`` lines go to the offset they are sent with, as on the real server: what is sent again replaces what was there.
 """
@@ -48,6 +49,7 @@ class Server:
         self.behaviour = behaviour
         self.runs: dict[str, Run] = {}
         self.views: dict[str, dict] = {}
+        self.alerts: list[dict] = []
         self.operations: list[str] = []
         self.released = threading.Event()
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"server_state": self}))
@@ -209,6 +211,10 @@ class _Handler(BaseHTTPRequestHandler):
         artifact = {"id": "1", "state": "COMMITTED", "artifactSequence": {"latestArtifact": None}}
         return {"createArtifact": {"artifact": artifact}}
 
+    def _alert(self, variables):
+        self.server_state.alerts.append(variables)
+        return {"notifyScriptableRunAlert": {"success": True}}
+
     def _save_view(self, variables):
         views = self.server_state.views
         new = variables["name"] not in views
@@ -267,6 +273,7 @@ def _node(name: str, run: Run) -> dict:
 
 _ANSWERS = {
     "GetDefaultEntity": _Handler._viewer,
+    "NotifyScriptableRunAlert": _Handler._alert,
     "UpsertView2": _Handler._save_view,
     "View": _Handler._view,
     "Runs": _Handler._runs,

@@ -238,7 +238,9 @@ def _leaves(config: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, An
 
 def _title(groups: Mapping[str, Sequence[Run]]) -> str:
     words = f"entrl: {', '.join(groups)}"[:120]
-    return "".join(c if unicodedata.category(c)[0] in "LNPZ" else " " for c in words)  # W&B takes no symbols, "=" included
+    return "".join(
+        c if unicodedata.category(c)[0] in "LNPZ" else " " for c in words
+    )  # W&B takes no symbols, "=" included
 
 
 def _project(places: Sequence[tuple[str | None, str]]) -> tuple[str, str]:

@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from urllib.parse import unquote
 
 import pytest
 import yaml
@@ -14,7 +15,15 @@ from rl.report.wandb_view import COLORS, group_keys, publish, view_of
 from rl.wandb_run import Record
 from wandb_server import Server, forget, use
 
-SERIES = ["entropy/mean", "entropy/p80", "entropy/predicted_change", "reward/mean", "reward/correct", "rollout/len", "mine/own"]
+SERIES = [
+    "entropy/mean",
+    "entropy/p80",
+    "entropy/predicted_change",
+    "reward/mean",
+    "reward/correct",
+    "rollout/len",
+    "mine/own",
+]
 FORK = {"fork_mask": {"_target_": "ForkMask", "rho": 0.2}}
 
 
@@ -29,7 +38,13 @@ def server(monkeypatch, tmp_path_factory):
 def run(folder, name, plugin, seed=1, series=(), project="p", delivered=2, group="sweep"):
     folder = folder / name
     folder.mkdir()
-    config = {"plugin": plugin, "trainer": {"lr": 0.1}, "reward": {}, "run": {"name": name, "group": group}, "seed": seed}
+    config = {
+        "plugin": plugin,
+        "trainer": {"lr": 0.1},
+        "reward": {},
+        "run": {"name": name, "group": group},
+        "seed": seed,
+    }
     (folder / "config.yaml").write_text(yaml.safe_dump(config | {"data": {"name": "countdown"}}))
     lines = [{"step": step, **dict.fromkeys([*SERIES, *series], 0.5), "time/at": 1.0} for step in (1, 2)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -88,9 +103,15 @@ def test_the_view_shows_these_runs_only_a_colour_a_method_with_seeds_as_one_line
     assert runs["grouping"] == [{"section": "config", "name": "entrl.value.plugins"}]
     colors = spec["customRunColors"]
     assert colors["idplain1"] == colors["idplain2"] == COLORS[0] and colors["idfork1"] == COLORS[1]
-    assert sorted(color for key, color in colors.items() if not key.startswith("id")) == sorted(COLORS[:2])  # the lines'
+    assert lines_of(colors) == {"grpo": COLORS[0], "fork_mask": COLORS[1]}
     single = {label: of[:1] for label, of in methods.items()}
     assert spec_of(view_of(flat(single), single, "me", "p"))["runSets"][0]["grouping"] == []
+
+
+def lines_of(colors):
+    """Colours by what W&B groups by: it keys them by the run set and the path to the group, as JSON in an URL's letters."""
+    paths = {unquote(key.split(":")[2]): color for key, color in colors.items() if key.startswith("run-color-group:")}
+    return {json.loads(path)[0]["value"]: color for path, color in paths.items()}
 
 
 def test_what_tells_methods_apart_is_what_they_are_grouped_by(tmp_path):
@@ -174,3 +195,34 @@ def test_without_wandb_workspaces_it_says_what_to_install(server, tmp_path, monk
 def test_a_place_that_is_none(spec):
     with pytest.raises(ReportError, match="Expected wandb:entity/project"):
         fetch(spec)
+
+
+def test_only_runs_of_entrl_are_read(server, capsys):
+    with pytest.raises(ReportError, match="Could not find project"):
+        fetch("wandb:me/p")
+    server.run("other").info = {"project": "p", "displayName": "other"}
+    with pytest.raises(ReportError, match="none of the 1 runs is entrl's"):
+        fetch("wandb:me/p")
+    ours = server.run("ours")
+    ours.info = {"project": "p", "displayName": "team/a", "groupName": "g"}
+    ours.config = {key: {"value": {"max_steps": 3}} for key in ("trainer", "reward", "run")}
+    rows = [
+        {"_step": step, "train/global_step": step, "a": "NaN" if step == 1 else 1.5, "b": "text"} for step in (1, 2)
+    ]
+    ours.lines["wandb-history.jsonl"] = {i: json.dumps(row) for i, row in enumerate(rows)}
+    ours.exit_code = 0
+    [run] = fetch("wandb:me/p")
+    assert capsys.readouterr().out == "wandb:me/p: 1 of 2 runs are entrl's, the others are left out\n"
+    assert run.name == "team_a" and run.state == "stopped" and list(run.metrics.columns) == ["a"]
+    assert run.metrics["a"].isna().tolist() == [True, False]
+    with pytest.raises(ReportError, match="there is no run"):
+        fetch("wandb:me/p/nothing")
+    publish([run], {"": [run]})
+    assert len(server.views) == 1
+
+
+def test_a_run_without_any_step_is_read(server):
+    server.run("ours").info = {"project": "p", "displayName": "a"}
+    server.run("ours").config = {key: {"value": {}} for key in ("trainer", "reward", "run")}
+    [run] = fetch("wandb:me/p")
+    assert run.metrics.empty and run.state == "open"
