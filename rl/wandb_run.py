@@ -83,15 +83,20 @@ def plugins(config: Mapping[str, Any]) -> str:
     return "+".join(config.get("plugin") or {}) or "grpo"
 
 
+def set_names(config: Mapping[str, Any]) -> list[str]:
+    """The sets of held-out problems that a run is evaluated on, its main one first."""
+    data = config.get("data") or {}
+    return list((config.get("eval") or {}).get("sets") or data.get("sets") or [data.get("name", "heldout")])
+
+
 def about(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """What W&B's configuration has beside the run's own, under ``entrl``: version, commit, plug-ins in one word, sets in order."""
     manifest = read_json(Path(folder) / "manifest.json")
-    data = config.get("data") or {}
     return {
         "version": manifest.get("versions", {}).get("entrl"),
         **(manifest.get("git") or {}),
         "plugins": plugins(config),
-        "sets": list((config.get("eval") or {}).get("sets") or data.get("sets") or filter(None, [data.get("name")])),
+        "sets": set_names(config),
     }
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rl.errors import ReportError
 from rl.report.reading import Run
 from rl.report.wandb_runs import address, asking
-from rl.wandb_run import plugins
+from rl.wandb_run import plugins, set_names
 
 if TYPE_CHECKING:
     from wandb_workspaces import workspaces
@@ -19,6 +19,15 @@ if TYPE_CHECKING:
 X = "train/global_step"
 PLUGINS = "entrl.plugins"  # in the configuration that W&B gets, see rl.wandb_run.about
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00", "#4b8fc9", "#6b5b95", "#555e6b")  # as in our pages
+_BOOKKEEPING = (
+    "run",
+    "logger",
+    "launcher",
+    "slurm",
+    "record",
+    "checkpoint",
+    "resume",
+)  # changes nothing that is trained
 _KEYS = 3  # W&B nests a level for each key that it groups by
 
 _MEASURES = {
@@ -47,7 +56,12 @@ SECTIONS: dict[str, dict[str, Sequence[str]]] = {
         "Entropy, third quarter": ["entropy/position_q3"],
         "Entropy, last quarter": ["entropy/position_q4"],
     },
-    "Reward": {"Reward": ["reward/mean"], "Spread of the reward": ["reward/std"]},
+    "Reward": {
+        "Reward": ["reward/mean"],
+        "Spread of the reward": ["reward/std"],
+        "Forecast of the reward where entropy is gone": ["forecast/ceiling", "forecast/low", "forecast/high"],
+        "The run left the forecast's law": ["forecast/departed"],
+    },
     "Rollouts": {
         "Completion length, tokens": ["rollout/len"],
         "Longest completion": ["rollout/len_max"],
@@ -119,13 +133,16 @@ def view_of(
 def line_plots(runs: Sequence[Run]) -> dict[str, dict[str, list[str]]]:
     """Section -> plot -> series, of those that any run has; what no section names comes last, a plot a series."""
     found = {name for run in runs for name in run.metrics.columns}
+    functions = {f"reward/{name}" for run in runs for name in run.config.get("reward") or {}}
     rewards = {
-        f"Reward of {name.removeprefix('reward/')}": [name] for name in sorted(found) if name.startswith("reward/")
+        f"Reward of {name.removeprefix('reward/')}" if name in functions else name: [name]
+        for name in sorted(found)
+        if name.startswith("reward/") and name not in ("reward/mean", "reward/std")
     }
-    rewards = {title: series for title, series in rewards.items() if series[0] not in ("reward/mean", "reward/std")}
     audits: dict[str, list[str]] = {}
     for name in sorted(name for name in found if name.startswith("plugin/")):
-        audits.setdefault(f"{_MEASURES.get(name.split('/', 2)[2], name.split('/', 2)[2])}", []).append(name)
+        measure = name.split("/", 2)[2]
+        audits.setdefault(_MEASURES.get(measure, measure), []).append(name)
     wanted = {
         "Entropy": SECTIONS["Entropy"],
         "Reward": {**SECTIONS["Reward"], **rewards},
@@ -149,7 +166,7 @@ def bar_plots(runs: Sequence[Run]) -> dict[str, list[str]]:
     """Title -> metrics of the summary: pass@k, maj@k and greedy of each set, before and after the training."""
     bars: dict[str, list[str]] = {}
     for run in runs:
-        main = run.config.get("data", {}).get("name", "")
+        main = next(iter(set_names(run.config)), None)
         for name, of_set in (run.summary.get("sets") or {main: run.summary.get("eval", {})}).items():
             for metric in (m for when in of_set.values() for m in when if _is_bar(m)):
                 known = bars.setdefault(f"{metric} of {name}, before and after", [])
@@ -216,7 +233,9 @@ def group_keys(groups: Mapping[str, Sequence[Run]]) -> list[str]:
 
     configs = [run.config for of in groups.values() for run in of]
     sweeps = {config.get("run", {}).get("group") for config in configs}
-    keys = dict.fromkeys(key for of in flat.values() for leaves in of for key in leaves if not key.startswith("run."))
+    keys = dict.fromkeys(
+        key for of in flat.values() for leaves in of for key in leaves if key.split(".")[0] not in _BOOKKEEPING
+    )
     settings = [key for key in keys if tells_apart(key)]
     methods = [PLUGINS] if len({plugins(config) for config in configs}) > 1 or not settings else []
     return [*(["group"] if len(sweeps) > 1 else []), *methods, *settings][:_KEYS]
@@ -225,7 +244,8 @@ def group_keys(groups: Mapping[str, Sequence[Run]]) -> list[str]:
 def _path(run: Run, keys: Sequence[str]) -> list[str | None]:
     """What W&B files a run under: its value of each key, None where it has none."""
     known = {**dict(_leaves(run.config)), PLUGINS: plugins(run.config), "group": run.config.get("run", {}).get("group")}
-    return [None if known.get(key) is None else str(known[key]) for key in keys]
+    values = [known.get(key) for key in keys]
+    return [value if value is None or isinstance(value, str) else json.dumps(value) for value in values]
 
 
 def _leaves(config: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
@@ -238,9 +258,8 @@ def _leaves(config: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, An
 
 def _title(groups: Mapping[str, Sequence[Run]]) -> str:
     words = f"entrl: {', '.join(groups)}"[:120]
-    return "".join(
-        c if unicodedata.category(c)[0] in "LNPZ" else " " for c in words
-    )  # W&B takes no symbols, "=" included
+    # W&B takes no symbols in a name, the equals sign included
+    return "".join(c if unicodedata.category(c)[0] in "LNPZ" else " " for c in words)
 
 
 def _project(places: Sequence[tuple[str | None, str]]) -> tuple[str, str]:
