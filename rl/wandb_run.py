@@ -86,7 +86,8 @@ def plugins(config: Mapping[str, Any]) -> str:
 def set_names(config: Mapping[str, Any]) -> list[str]:
     """The sets of held-out problems that a run is evaluated on, its main one first."""
     data = config.get("data") or {}
-    return list((config.get("eval") or {}).get("sets") or data.get("sets") or [data.get("name", "heldout")])
+    sets = (config.get("eval") or {}).get("sets") or data.get("sets")
+    return [node.get("name", key) for key, node in sets.items()] if sets else [data.get("name", "heldout")]
 
 
 def about(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -204,7 +205,7 @@ class WandbRun:
             raise
         self._run.define_metric("train/global_step")
         self._run.define_metric("*", step_metric="train/global_step")
-        self.first = self._at = self._run.starting_step
+        self.first = self._run.starting_step
 
     def send(self, line: Mapping[str, Any]) -> None:
         """Send one line of ``metrics.jsonl``, unless the server has its step."""
@@ -212,7 +213,6 @@ class WandbRun:
 
         if line["step"] < self.first:
             return
-        self._at = line["step"]
         row = {"train/global_step": line["step"]}
         for name, value in line.items():
             if isinstance(value, Mapping):
@@ -224,9 +224,8 @@ class WandbRun:
         self._run.log(row, step=line["step"])
 
     def send_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Send what was measured at ``step``, 0 before the training, into its row, unless that is closed."""
-        if step >= self._at:
-            self._run.log({"train/global_step": step, "_timestamp": self._time, **metrics}, step=step)
+        """Send what was measured at ``step``, 0 before the training, into its row; wandb drops what comes when that is closed."""
+        self._run.log({"train/global_step": step, "_timestamp": self._time, **metrics}, step=step)
 
     def alert(self, title: str, text: str) -> None:
         """Have W&B notify the user, by mail or Slack as the account says."""

@@ -151,8 +151,8 @@ def line_plots(runs: Sequence[Run]) -> dict[str, dict[str, list[str]]]:
         "Policy": SECTIONS["Policy"],
         "Time": SECTIONS["Time"],
     }
-    named = {name for plots in wanted.values() for series in plots.values() for name in series}
-    wanted["Everything else"] = {name: [name] for name in sorted(found - named - {"time/at"})}
+    listed = {name for plots in wanted.values() for series in plots.values() for name in series}
+    wanted["Everything else"] = {name: [name] for name in sorted(found - listed - {"time/at"})}
     there = {
         section: {
             title: kept for title, series in plots.items() if (kept := [name for name in series if name in found])

@@ -12,7 +12,7 @@ from rl.errors import ReportError
 from rl.report.reading import read_run
 from rl.report.wandb_runs import fetch
 from rl.report.wandb_view import COLORS, group_keys, publish, view_of
-from rl.wandb_run import Record
+from rl.wandb_run import Record, set_names
 from wandb_server import Server, forget, use
 
 SERIES = [
@@ -207,18 +207,26 @@ def test_only_runs_of_entrl_are_read(server, capsys):
     ours.info = {"project": "p", "displayName": "team/a", "groupName": "g"}
     ours.config = {key: {"value": {"max_steps": 3}} for key in ("trainer", "reward", "run")}
     rows = [
-        {"_step": step, "train/global_step": step, "a": "NaN" if step == 1 else 1.5, "b": "text"} for step in (1, 2)
+        {"_step": step, "train/global_step": step, "a": "NaN" if step == 1 else 1.5, "b": "text", "c": "NaN"}
+        for step in (1, 2)
     ]
     ours.lines["wandb-history.jsonl"] = {i: json.dumps(row) for i, row in enumerate(rows)}
     ours.exit_code = 0
     [run] = fetch("wandb:me/p")
     assert capsys.readouterr().out == "wandb:me/p: 1 of 2 runs are entrl's, the others are left out\n"
-    assert run.name == "team_a" and run.state == "stopped" and list(run.metrics.columns) == ["a"]
+    assert run.name == "team_a" and run.state == "stopped" and list(run.metrics.columns) == ["a", "c"]
     assert run.metrics["a"].isna().tolist() == [True, False]
     with pytest.raises(ReportError, match="there is no run"):
         fetch("wandb:me/p/nothing")
     publish([run], {"": [run]})
     assert len(server.views) == 1
+
+
+def test_sets_are_called_by_their_names_where_they_have_some():
+    gsm, aime = {"name": "gsm8k"}, {"limit": 3}
+    assert set_names({"data": {"name": "math"}, "eval": {"sets": {}}}) == ["math"]
+    assert set_names({"data": {"name": "mix", "sets": {"a": gsm, "b": aime}}}) == ["gsm8k", "b"]
+    assert set_names({"data": {"name": "mix", "sets": {"a": gsm}}, "eval": {"sets": {"aime": aime}}}) == ["aime"]
 
 
 def test_a_run_without_any_step_is_read(server):
