@@ -118,6 +118,8 @@ def _run(run: Any, name: str) -> Run:
     """Our view of a ``wandb.apis.public.Run``."""
     config = {"plugin": {}, "peft": {}, **run.config}  # W&B keeps no empty mapping
     about = config.pop("entrl", {})
+    order = [name for name in about.get("plugins", "").split("+") if name in config["plugin"]]  # W&B keeps none
+    config["plugin"] = {name: config["plugin"][name] for name in [*order, *sorted(config["plugin"].keys() - order)]}
     metrics, histograms = _history(run.scan_history(use_cache=False))
     steps = int(metrics.index.max()) if len(metrics) else 0
     state = _STATES.get(run.state, "open")
@@ -155,7 +157,7 @@ def _history(rows: Iterable[Mapping[str, Any]]) -> tuple[pd.DataFrame, dict]:
                 line["time/at"] = float(value)
             elif isinstance(value, int | float) and not name.startswith(("_", "eval/")) and name != "train/global_step":
                 line[name] = float(value) if math.isfinite(value) else math.nan
-    frame = pd.DataFrame.from_dict(numbers, orient="index", dtype=float).sort_index()
+    frame = pd.DataFrame.from_dict(numbers, orient="index", dtype=float).sort_index().sort_index(axis=1)
     frame.index.name = "step"
     return frame, {name: histogram_series(values) for name, values in found.items()}
 

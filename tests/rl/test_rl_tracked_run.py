@@ -104,7 +104,7 @@ def test_a_server_gets_it_all_and_gives_it_back_as_the_folder_has_it(folder, mon
     here = read_run(folder)
     pd.testing.assert_frame_equal(fetched.metrics, here.metrics, check_like=True)
     assert fetched.config["peft"] == {} and without_empty(fetched.config) == without_empty(here.config)
-    assert fetched.summary == here.summary
+    assert fetched.summary == here.summary and list(fetched.config["plugin"]) == ["fork_mask", "steer"]
     assert (fetched.name, fetched.state) == ("a", "done") and not fetched.recorded
     ours, theirs = here.histograms["entropy/hist"], fetched.histograms["entropy/hist"]
     assert (ours.counts == theirs.counts).all() and (ours.edges == theirs.edges).all()
