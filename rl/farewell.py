@@ -19,8 +19,9 @@ def show_evaluations(metrics: Mapping[str, Mapping[str, Any]], problems: Mapping
 
 
 def flat_metrics(summary: Mapping[str, Any], main: str) -> dict[str, float]:
-    """The evaluations of a run under the names they have in W&B: ``eval/<set>/...``, before the training ``eval/<set>/before/...``."""
-    return {
+    """A run's summary under the names of W&B: ``eval/<set>/...``, before the training ``eval/<set>/before/...``, ``seconds/...``."""
+    rest = {f"{of}/{k}": v for of in ("seconds", "tokens_per_second") for k, v in summary.get(of, {}).items()}
+    return rest | {
         f"eval/{name}/{'before/' if when == 'before' else ''}{k}": v
         for name, of_set in summary.get("sets", {main: summary["eval"]}).items()
         for when, metrics in of_set.items()

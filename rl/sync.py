@@ -12,8 +12,8 @@ from omegaconf import OmegaConf
 from rl.errors import ConfigError
 from rl.redact import without_secrets
 from rl.rundir import hold
-from rl.tracking import has_key, last_step
-from rl.wandb_run import Record, WandbRun
+from rl.tracking import last_step
+from rl.wandb_run import Record, WandbRun, about, has_key
 
 INIT_TIMEOUT, FINISH_TIMEOUT = 30.0, 600.0  # seconds; nothing waits for this command, and tables may be many
 
@@ -92,4 +92,5 @@ def _send(folder: Path, record: Record, last: int) -> tuple[bool, str]:
 
 def _config(folder: Path) -> dict[str, Any]:
     path = folder / "config.yaml"
-    return without_secrets(OmegaConf.to_container(OmegaConf.load(path))) if path.exists() else {}
+    config = OmegaConf.to_container(OmegaConf.load(path)) if path.exists() else {}
+    return {**without_secrets(config), "entrl": about(folder, config)}

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-import netrc
 import os
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
-from urllib.parse import urlparse
 
 from rl.errors import ConfigError
 from rl.redact import without_secrets
-from rl.wandb_run import Record, WandbRun, new_run_id, read_lines
+from rl.wandb_run import Record, WandbRun, about, has_key, new_run_id, read_lines
 
 if TYPE_CHECKING:  # torch takes seconds to import, which entrl sync has no use for
     from rl.dynamics import Histogram
@@ -63,9 +61,13 @@ class Tracker:
             return
         earlier = Record.load(self.folder)
         run_id = run_id or (earlier.id if earlier else new_run_id())
-        summary = earlier.summary if earlier else None
-        self._record = Record(run_id, project, entity, name, group, list(tags), summary).save(self.folder)
-        public = without_secrets(config or {})
+        kept = {}
+        if earlier:
+            last = last_step(self.folder)  # the training may have gone back behind a later evaluation
+            evaluations = {step: m for step, m in (earlier.evaluations or {}).items() if int(step) <= last}
+            kept = {"summary": earlier.summary, "evaluations": evaluations}
+        self._record = Record(run_id, project, entity, name, group, list(tags), **kept).save(self.folder)
+        public = {**without_secrets(config or {}), "entrl": about(self.folder, config or {})}
         timeouts = {"init_timeout": init_timeout, "finish_timeout": finish_timeout}
 
         def start(mode):
@@ -95,6 +97,30 @@ class Tracker:
         with open(self.folder / "tables.jsonl", "a", encoding="utf-8") as lines:
             lines.write(json.dumps(line) + "\n")
         self._tell("take a table", lambda run: run.send_table(line))
+
+    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Put an evaluation into the history, so that W&B draws it; the bounds of intervals stay in the summary.
+
+        Args:
+            step: of the training, 0 before it. metrics: as ``eval/<set>/pass@1``.
+        """
+        if self._record is None:
+            return
+        kept = {name: value for name, value in metrics.items() if not name.endswith(("/low", "/high"))}
+        if step == 0:  # later ones share the row, and the time, of a training step
+            kept["_timestamp"] = round(time.time(), 3)
+        every = {**(self._record.evaluations or {}), str(step): kept}
+        self._record = self._record.save(self.folder, evaluations=every)
+        self._tell("take an evaluation", lambda run: run.send_evaluation(step, kept))
+
+    def alert(self, title: str, text: str) -> None:
+        """Have W&B notify the user where the run is online; one that fails is lost, the run is not."""
+        if self._run is None:
+            return
+        try:
+            self._run.alert(title, text)
+        except Exception as error:  # of any kind, as in _try
+            print(f"W&B could not send the alert {title!r} ({_reason(error)}).")
 
     def finish(self, summary: Mapping[str, float], failed: bool = False) -> None:
         """Close the files; ``summary`` stays on the W&B run."""
@@ -143,9 +169,12 @@ class Tracker:
             self._lost = True
             if what not in self._said:
                 self._said.add(what)
-                reason = (str(error).splitlines() or [""])[0][:200]
-                print(f"W&B {what} ({type(error).__name__}: {reason}). Nothing is lost: entrl sync delivers it.")
+                print(f"W&B {what} ({_reason(error)}). Nothing is lost: entrl sync delivers it.")
             return None
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 
 
 def last_step(folder: Path) -> int:
@@ -168,14 +197,3 @@ def resolve_mode(mode: Mode) -> Mode:
     if wanted not in ("online", "offline", "disabled"):
         raise ConfigError(f"{source}={wanted} is not known. Expected online, offline or disabled.")
     return wanted
-
-
-def has_key() -> bool:
-    """Whether a W&B key is in the environment or in the netrc file; it is never read out."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
-    try:
-        return netrc.netrc().authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False

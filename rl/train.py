@@ -171,7 +171,7 @@ def _train_in(folder: Path, cfg, ready: Ready, stop: StopSignal, model, started:
     with _tracker(folder, cfg) as tracker:
         trainer = _trainer(cfg, ready, model, recorder, checkpoints, tracker)
         trainer.add_callback(StopAtBoundary(stop, trainer.accelerator.device))
-        summary = _evaluate_and_train(cfg, folder, trainer, ready, sets, stop, newest, started)
+        summary = _evaluate_and_train(cfg, folder, trainer, tracker, ready, sets, stop, newest, started)
         if tracker is not None:
             tracker.finish(flat_metrics(summary, next(iter(sets))))
             farewell(folder, tracker.where, summary)
@@ -229,7 +229,9 @@ def _trainer(cfg, ready: Ready, model, recorder: Recorder, checkpoints, tracker:
     )
 
 
-def _evaluate_and_train(cfg, folder, trainer, ready: Ready, sets, stop, newest: Path | None, started) -> dict[str, Any]:
+def _evaluate_and_train(
+    cfg, folder, trainer, tracker: Tracker | None, ready: Ready, sets, stop, newest: Path | None, started
+) -> dict[str, Any]:
     seconds, main = {"warmstart": 0.0, "train": 0.0, "eval": 0.0}, next(iter(sets))
 
     def evaluated(when: str, path: str) -> dict[str, Evaluation]:
@@ -238,6 +240,9 @@ def _evaluate_and_train(cfg, folder, trainer, ready: Ready, sets, stop, newest: 
         with whole(trainer.model_wrapped, trainer.accelerator) as model:
             found = evaluate_sets(cfg, sets, folder / "eval", names, model, ready.tokenizer, path, lambda: bool(stop))
         seconds["eval"] += time.perf_counter() - start
+        if tracker is not None:
+            metrics = {f"eval/{name}/{k}": v for name, e in found.items() for k, v in e.metrics.items()}
+            tracker.evaluated(trainer.state.global_step, metrics)
         return found
 
     before = evaluated("before", ready.path) if cfg.eval.before else {}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import netrc
 import os
 import secrets
 import shutil
@@ -20,10 +21,12 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal, Self
+from urllib.parse import urlparse
 
 from rl.redact import public_words
-from rl.rundir import write_json
+from rl.rundir import read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Record:
     """What W&B knows a run by, and how far it got: ``tracking.json`` in the run folder.
 
     delivered: the last step that W&B has, None unless everything arrived and the run was closed there. failed: None until it ended.
+    evaluations: what was measured on held-out problems, by the step (as text).
     """
 
     id: str
@@ -42,6 +46,7 @@ class Record:
     summary: Mapping[str, float] | None = None
     failed: bool | None = None
     delivered: int | None = None
+    evaluations: Mapping[str, Mapping[str, float]] | None = None
 
     @classmethod
     def load(cls, folder: Path) -> Self | None:
@@ -71,6 +76,62 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
             except json.JSONDecodeError:
                 continue
+
+
+def plugins(config: Mapping[str, Any]) -> str:
+    """The plug-ins of a run in one word, to group by: ``fork_mask+steer``, or ``grpo`` without any."""
+    return "+".join(config.get("plugin") or {}) or "grpo"
+
+
+def set_names(config: Mapping[str, Any]) -> list[str]:
+    """The sets of held-out problems that a run is evaluated on, its main one first."""
+    data = config.get("data") or {}
+    sets = (config.get("eval") or {}).get("sets") or data.get("sets")
+    return [node.get("name", key) for key, node in sets.items()] if sets else [data.get("name", "heldout")]
+
+
+def about(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What W&B's configuration has beside the run's own, under ``entrl``: version, commit, plug-ins in one word, sets in order."""
+    manifest = read_json(Path(folder) / "manifest.json")
+    return {
+        "version": manifest.get("versions", {}).get("entrl"),
+        **(manifest.get("git") or {}),
+        "plugins": plugins(config),
+        "sets": set_names(config),
+    }
+
+
+def import_wandb() -> ModuleType:
+    """wandb without its reports on itself, for which the end of the process waits up to 20 s where no server answers."""
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    import wandb
+
+    return wandb
+
+
+def has_key() -> bool:
+    """Whether a W&B key is in the environment or in the netrc file; it is never read out."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    try:
+        return netrc.netrc().authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def endings(folder: Path) -> dict[str, float]:
+    """What runs are sorted by: mean reward and entropy over the last tenth of the steps, and the lowest entropy of any."""
+    lines = list(read_lines(Path(folder) / "metrics.jsonl"))
+    found = {}
+    for name in ("reward/mean", "entropy/mean"):
+        values = [line[name] for line in lines if line.get(name) is not None]
+        last = values[-max(1, len(values) // 10) :]
+        if last:
+            found[f"last_tenth/{name}"] = sum(last) / len(last)
+        if last and name == "entropy/mean":
+            found[f"lowest/{name}"] = min(values)
+    return found
 
 
 @contextlib.contextmanager
@@ -106,14 +167,12 @@ class WandbRun:
         init_timeout: float,
         finish_timeout: float,
     ):
-        # wandb reports on itself to its server as the process ends, and waits up to 20 s for one that does not answer
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-        import wandb
-
+        wandb = import_wandb()
         self.folder, self.online = Path(folder), mode == "online"
         self._finish_timeout = finish_timeout
         self._table: threading.Thread | None = None
         self._time = time.time()
+        self._evaluations = {int(step): metrics for step, metrics in (record.evaluations or {}).items()}
         settings = wandb.Settings(
             init_timeout=init_timeout,
             finish_timeout=finish_timeout,
@@ -164,6 +223,14 @@ class WandbRun:
                 row[name] = math.nan if value is None else value
         self._run.log(row, step=line["step"])
 
+    def send_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Send what was measured at ``step``, 0 before the training, into its row; wandb drops what comes when that is closed."""
+        self._run.log({"train/global_step": step, "_timestamp": self._time, **metrics}, step=step)
+
+    def alert(self, title: str, text: str) -> None:
+        """Have W&B notify the user, by mail or Slack as the account says."""
+        self._run.alert(title=title, text=text, level="WARN")
+
     def send_table(self, line: Mapping[str, Any]) -> None:
         """Send one line of ``tables.jsonl``, into the row that is open.
 
@@ -200,12 +267,16 @@ class WandbRun:
         for table in read_lines(self.folder / "tables.jsonl"):
             tables.setdefault(table["step"], []).append(table)
         sent = 0
+        if 0 in self._evaluations:
+            self.send_evaluation(0, self._evaluations[0])
         for line in read_lines(self.folder / "metrics.jsonl"):
             if line["step"] < self.first:
                 continue
             self.send(line)
             for table in tables.get(line["step"], []):
                 self._log_table(table)
+            if line["step"] in self._evaluations:
+                self.send_evaluation(line["step"], self._evaluations[line["step"]])
             sent += 1
         return sent
 
@@ -213,7 +284,7 @@ class WandbRun:
         """Close the run and wait for the uploads, ``finish_timeout`` seconds at most; returns whether the server has it all."""
         if self._table is not None:
             self._table.join(timeout=min(10.0, self._finish_timeout))
-        self._run.summary.update(dict(summary))
+        self._run.summary.update({**endings(self.folder), **summary})
         try:
             self._run.finish(exit_code=int(failed))
         except TimeoutError:

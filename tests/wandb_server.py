@@ -1,4 +1,5 @@
-"""A stand-in for the W&B server on loopback: what wandb 0.31 asks for in an online run, a resumed run and ``wandb sync``.
+"""A stand-in for the W&B server on loopback: what wandb 0.31 asks for in an online run, a resumed run and ``wandb sync``,
+what ``wandb.Api`` asks to read a project, and what wandb-workspaces 0.4 asks to save a view.
 
 ``file_stream`` lines go to the offset they are sent with, as on the real server: what is sent again replaces what was there.
 """
@@ -47,6 +48,8 @@ class Server:
     def __init__(self, behaviour: str | int = "serve"):
         self.behaviour = behaviour
         self.runs: dict[str, Run] = {}
+        self.views: dict[str, dict] = {}
+        self.alerts: list[dict] = []
         self.operations: list[str] = []
         self.released = threading.Event()
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"server_state": self}))
@@ -208,8 +211,75 @@ class _Handler(BaseHTTPRequestHandler):
         artifact = {"id": "1", "state": "COMMITTED", "artifactSequence": {"latestArtifact": None}}
         return {"createArtifact": {"artifact": artifact}}
 
+    def _alert(self, variables):
+        self.server_state.alerts.append(variables)
+        return {"notifyScriptableRunAlert": {"success": True}}
+
+    def _save_view(self, variables):
+        views = self.server_state.views
+        new = variables["name"] not in views
+        views[variables["name"]] = variables
+        return {"upsertView": {"view": {"id": f"V{variables['name']}", "name": variables["name"]}, "inserted": new}}
+
+    def _view(self, variables):
+        view = self.server_state.views.get(variables["viewName"])
+        node = {"id": "V", "displayName": view["displayName"], "spec": view["spec"]} if view else None
+        return {"project": {"allViews": {"edges": [{"node": node}] if node else []}}}
+
+    def _runs(self, variables):
+        group = json.loads(variables["filters"]).get("group")
+        found = {
+            name: run for name, run in self.server_state.runs.items() if group in (None, run.info.get("groupName"))
+        }
+        nodes = [{"node": {"projectId": 1, **_node(name, run)}, "cursor": name} for name, run in found.items()]
+        runs = {"edges": nodes, "pageInfo": {"endCursor": None, "hasNextPage": False}}
+        there = variables["project"] in {run.info.get("project") for run in self.server_state.runs.values()}
+        return {
+            "project": {"internalId": "1", "runCount": len(nodes), "readOnly": False, "runs": runs} if there else None
+        }
+
+    def _keys(self, variables):
+        run = self.server_state.runs[variables["name"]]
+        return {"project": {"run": {"historyKeys": _node(variables["name"], run)["historyKeys"]}}}
+
+    def _live(self, variables):
+        live = [{"_step": step} for step in self.server_state.runs[variables["runName"]].steps]
+        return {"project": {"run": {"parquetHistory": {"parquetUrls": [], "liveData": live}}}}
+
+    def _history(self, variables):
+        rows = self.server_state.runs[variables["run"]].history
+        page = [row for row in rows if variables["minStep"] <= row["_step"] < variables["maxStep"]]
+        page = [{k: "NaN" if v != v else v for k, v in row.items()} for row in page]  # as W&B writes it
+        return {"project": {"run": {"history": [json.dumps(row) for row in page]}}}
+
+
+def _node(name: str, run: Run) -> dict:
+    return {
+        "id": name,
+        "name": name,
+        "displayName": run.info.get("displayName"),
+        "group": run.info.get("groupName"),
+        "tags": run.info.get("tags") or [],
+        "state": {None: "running", 0: "finished"}.get(run.exit_code, "failed"),
+        "config": json.dumps(run.config),
+        "summaryMetrics": json.dumps(run.summary),
+        "systemMetrics": "{}",
+        "historyLineCount": len(run.history),
+        "historyKeys": {"lastStep": max(run.steps, default=0), "keys": {}},
+        "createdAt": "2026-01-01T00:00:00",
+        "user": {"name": "me", "username": "me"},
+    }
+
 
 _ANSWERS = {
+    "GetDefaultEntity": _Handler._viewer,
+    "NotifyScriptableRunAlert": _Handler._alert,
+    "UpsertView2": _Handler._save_view,
+    "View": _Handler._view,
+    "Runs": _Handler._runs,
+    "RunHistoryKeys": _Handler._keys,
+    "RunParquetHistory": _Handler._live,
+    "HistoryPage": _Handler._history,
     "Viewer": _Handler._viewer,
     "ServerFeaturesQuery": _Handler._viewer,
     "UpsertBucket": _Handler._upsert,

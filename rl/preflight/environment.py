@@ -13,7 +13,8 @@ from packaging.requirements import Requirement
 
 from rl.machine import machine
 from rl.preflight.report import Section
-from rl.tracking import has_key, resolve_mode
+from rl.tracking import resolve_mode
+from rl.wandb_run import has_key
 
 _SHOWN = ("torch", "trl", "transformers", "datasets", "peft", "accelerate", "deepspeed", "vllm")
 _GIB = 2**30

@@ -133,10 +133,11 @@ def _read_metrics(path: Path) -> tuple[pd.DataFrame, dict[str, HistogramSeries],
                 found.setdefault(name, {})[step] = value
     frame = pd.DataFrame.from_dict(rows, orient="index", dtype=float).sort_index()
     frame.index.name = "step"
-    return frame, {name: _series(values) for name, values in found.items()}, total - read
+    return frame, {name: histogram_series(values) for name, values in found.items()}, total - read
 
 
-def _series(values: Mapping[int, Mapping[str, list]]) -> HistogramSeries:
+def histogram_series(values: Mapping[int, Mapping[str, list]]) -> HistogramSeries:
+    """A series of ``{"counts": ..., "edges": ...}`` by step; steps with other edges than the first are left out."""
     steps = sorted(values)
     edges = values[steps[0]]["edges"]
     same = [step for step in steps if len(values[step]["edges"]) == len(edges)]

@@ -14,7 +14,7 @@ import pytest
 from rl.dynamics import Histogram
 from rl.errors import ConfigError
 from rl.tracking import Tracker, resolve_mode
-from rl.wandb_run import Record, new_run_id, read_lines
+from rl.wandb_run import Record, endings, new_run_id, read_lines
 from wandb_server import KEY, Server, forget, use
 
 HIST = {"entropy/hist": Histogram([3, 1], [0.0, 0.5, 2.0])}
@@ -255,3 +255,72 @@ def test_an_exception_ends_the_run_as_failed(server, tmp_path):
         log(t, 1, 1)
         raise ValueError("boom")
     assert server.runs[t.id].exit_code == 1 and Record.load(tmp_path).failed is True
+
+
+def test_evaluations_are_points_of_the_history(server, tmp_path):
+    t = tracker(tmp_path, "online")
+    t.evaluated(0, {"eval/s/pass@1": 0.25, "eval/s/pass@1/low": 0.1})
+    log(t, 1, 3)
+    t.evaluated(3, {"eval/s/pass@1": 0.5})
+    t.finish({"eval/s/pass@1/low": 0.2})
+    run = server.runs[t.id]
+    assert run.steps == [0, 1, 2, 3] and "eval/s/pass@1/low" not in run.history[0]
+    assert {row["_step"]: row["eval/s/pass@1"] for row in run.history if "eval/s/pass@1" in row} == {0: 0.25, 3: 0.5}
+    again = tracker(tmp_path, "online")
+    again.evaluated(0, {"eval/s/pass@1": 0.25})  # as the training does; the row is closed
+    log(again, 4, 4)
+    again.finish({})
+    assert run.steps == [0, 1, 2, 3, 4]
+
+
+def test_an_evaluation_that_the_training_went_back_behind_is_forgotten(tmp_path):
+    t = tracker(tmp_path, "offline")
+    t.evaluated(0, {"a": 1.0})
+    log(t, 1, 4)
+    t.evaluated(4, {"a": 2.0})
+    t.finish({})
+    (tmp_path / "metrics.jsonl").write_text("".join(_lines(tmp_path)[:2]))  # what a resume at step 2 leaves
+    tracker(tmp_path, "offline").finish({})
+    assert list(Record.load(tmp_path).evaluations) == ["0"]
+
+
+def test_an_alert_reaches_the_user(server, tmp_path):
+    t = tracker(tmp_path, "online")
+    log(t, 1, 1)
+    t.alert("entropy collapses", "0.1 nats at step 1")
+    t.finish({})
+    [alert] = server.alerts
+    assert (alert["title"], alert["text"], alert["severity"]) == ("entropy collapses", "0.1 nats at step 1", "WARN")
+
+
+@pytest.mark.parametrize("mode", ["offline", "disabled"])
+def test_an_alert_without_a_server_is_nothing(tmp_path, mode, capsys):
+    t = tracker(tmp_path, mode)
+    t.alert("a", "b")
+    t.finish({})
+    assert capsys.readouterr().out == ""
+
+
+def test_an_alert_that_fails_leaves_the_run_alone(server, tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise OSError("no line\nat all")
+
+    t = tracker(tmp_path, "online")
+    log(t, 1, 1)
+    monkeypatch.setattr(t._run, "alert", fail)
+    t.alert("a", "b")
+    t.finish({})
+    assert capsys.readouterr().out == "W&B could not send the alert 'a' (OSError: no line).\n"
+    assert Record.load(tmp_path).delivered == 1
+
+
+def test_what_runs_are_sorted_by(tmp_path):
+    t = tracker(tmp_path, "disabled")
+    for step in range(1, 21):
+        t.log(step, {"reward/mean": step / 20, "entropy/mean": math.nan if step == 3 else (step - 10) ** 2}, {})
+    t.finish({})
+    assert endings(tmp_path) == {
+        "last_tenth/reward/mean": 0.975,  # of steps 19 and 20
+        "last_tenth/entropy/mean": 100.0,  # a tenth of the 19 that are numbers is one
+        "lowest/entropy/mean": 0,
+    }
