@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from rl.errors import ReportError
-from rl.report.lens_data import COLOURS, Frames, Plan, block, everything, fitting, scales, size
+from rl.report.lens_data import COLOURS, Frames, Plan, block, everything, fitting, scales
 from rl.report.page import write_page
 from rl.report.reading import Run, read_run
 
@@ -103,10 +103,10 @@ def write_lens(sides: Sequence[Side], out: Path) -> list[str]:
     for view in names:
         frames = [side.views.get(view, {}) for side in sides]
         full = everything(frames)
-        plan, kept = fitting(frames, int(BUDGET * _PROBES) if view == "probes" and len(names) > 1 else budget)
+        share = _PROBES if view == "probes" and len(names) > 1 else 1.0
+        plan, kept, spent = fitting(frames, int(budget * share))
         left_out += _left_out(view, full, plan)
-        made, spent = _blocks(view, kept, plan, prompts)
-        blocks |= made
+        blocks |= _blocks(view, kept, plan, prompts)
         budget -= spent
         views.append(
             {
@@ -132,16 +132,15 @@ def write_lens(sides: Sequence[Side], out: Path) -> list[str]:
     return left_out
 
 
-def _blocks(view: str, kept: Sequence[Frames], plan: Plan, prompts: dict[str, int]) -> tuple[dict[str, Any], int]:
-    """The blocks by name, ``<view>-<side>-<step>``, and roughly the bytes that they take; new prompts are numbered."""
-    made, spent = {}, 0
+def _blocks(view: str, kept: Sequence[Frames], plan: Plan, prompts: dict[str, int]) -> dict[str, Any]:
+    """The blocks by name, ``<view>-<side>-<step>``; new prompts are numbered."""
+    made = {}
     for number, side in enumerate(kept):
         for step, frame in side.items():
             for prompt in frame["prompt"]:
                 prompts.setdefault(prompt, len(prompts))
             made[f"{view}-{number}-{step}"] = block(frame, prompts, plan.tokens)
-            spent += size(frame, plan.tokens)
-    return made, spent
+    return made
 
 
 def _summary(frame: pd.DataFrame, prompts: Mapping[str, int]) -> dict[int, list]:

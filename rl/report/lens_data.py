@@ -60,25 +60,29 @@ def spread(items: Sequence, count: int) -> list:
 def everything(sides: Sequence[Frames]) -> Plan:
     """The plan that leaves nothing out."""
     frames = [frame for side in sides for frame in side.values()]
+    steps = {step for side in sides for step in side}
     return Plan(
-        steps=len({step for side in sides for step in side}),
-        prompts=max((frame["prompt"].nunique() for frame in frames), default=0),
+        steps=len(steps),
+        prompts=max(
+            (len({p for side in sides if step in side for p in side[step]["prompt"]}) for step in steps), default=0
+        ),
         each=max((frame.groupby("prompt").size().max() for frame in frames if len(frame)), default=0),
         tokens=max((int(frame["tokens"].map(len).max()) for frame in frames if len(frame)), default=0),
     )
 
 
-def fitting(sides: Sequence[Frames], budget: int) -> tuple[Plan, list[dict[int, pd.DataFrame]]]:
-    """The most generous plan whose blocks stay below ``budget`` bytes in the page, and what it keeps of each side."""
+def fitting(sides: Sequence[Frames], budget: int) -> tuple[Plan, list[dict[int, pd.DataFrame]], int]:
+    """The most generous plan whose blocks stay below ``budget`` bytes in the page, what it keeps of each side, and its bytes."""
     per_token = _bytes_per_token(sides)
     for plan in plans(everything(sides)):
         kept = select(sides, plan)
         tokens = sum(int(f["tokens"].map(len).clip(upper=plan.tokens).sum()) for side in kept for f in side.values())
         if tokens * per_token > budget:
             continue
-        if sum(size(frame, plan.tokens) for side in kept for frame in side.values()) <= budget:
+        spent = sum(size(frame, plan.tokens) for side in kept for frame in side.values())
+        if spent <= budget:
             break
-    return plan, kept
+    return plan, kept, spent
 
 
 def select(sides: Sequence[Frames], plan: Plan) -> list[dict[int, pd.DataFrame]]:

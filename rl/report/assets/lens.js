@@ -106,6 +106,7 @@ async function show() {
   melt();
   const again = state.at && cards.find(card => card.side === state.at.side && card.number === state.at.card);
   if (again && state.at.i < again.row.t.length) point(again, state.at.i); else { state.at = null; state.pinned = false; describe(null); }
+  if (!document.body.dataset.ready) performance.mark("lens");  // tokens are on the screen: docs/lens.md says after how long
   document.body.dataset.ready = "lens";
   document.body.dataset.shown = `${state.view} ${state.step} ${state.prompt} ${state.colour}`;
 }
@@ -242,8 +243,10 @@ async function melt() {
         pen.fillStyle = paint.at(colour, paint.place(colour, value, view.scales, log()));
         pen.fillRect(i * wide, line * tall, wide > 3 ? wide - 1 : wide + 0.5, tall > 5 ? tall - 1 : tall);
       });
-      if (view.steps[line] === state.step) { pen.fillStyle = entrl.colour("accent"); pen.fillRect(0, line * tall, 4, tall); pen.fillRect(width - 4, line * tall, 4, tall); }
     });
+    pen.strokeStyle = entrl.colour("accent");
+    pen.lineWidth = 1.5;
+    pen.strokeRect(0.75, view.steps.indexOf(state.step) * tall + 0.25, width - 1.5, tall - 0.5);
   }
 }
 
@@ -293,7 +296,7 @@ function describe(card, i) {
   const {row, data} = card, t = row.t[i];
   by("token-text").textContent = paint.visible(data.texts[t], true);
   const special = data.special.includes(t) ? ", special" : "";
-  by("token-where").textContent = `token ${i + 1} of ${row.n}, id ${data.ids[t]}${special}${state.pinned ? "; pinned, Escape lets go" : "; Enter or click pins it"}`;
+  by("token-where").textContent = `token ${i + 1} of ${row.n}, id ${data.ids[t]}${special}${state.pinned ? "; pinned (Escape)" : ""}`;
   by("token-top").replaceChildren(...choices(card, i));
   const facts = [["entropy", row.h?.[i], "nats"], ["probability", row.lp?.[i] == null ? null : 100 * Math.exp(row.lp[i]), "%"], ["logp", row.lp?.[i], "nats"], ["logp at the rollout", row.op?.[i], "nats"],
     ["change since the rollout", row.d?.[i], "nats"], ["rank", row.r?.[i], ""], ["kept", row.k ? (row.k[i] ? "yes" : "no, dropped") : null, ""], ["weight", each(row.w, i), ""], ["advantage \u00d7 weight", each(row.s, i), ""]];
