@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from rl.errors import ReportError
-from rl.report.lens_data import COLOURS, Frames, Plan, block, everything, fitting, scales
+from rl.report.lens_data import COLOURS, Frames, Plan, block, fitting, scales
 from rl.report.page import write_page
 from rl.report.reading import Run, read_run
 
@@ -102,9 +102,8 @@ def write_lens(sides: Sequence[Side], out: Path) -> list[str]:
     views, blocks, budget = [], {}, BUDGET
     for view in names:
         frames = [side.views.get(view, {}) for side in sides]
-        full = everything(frames)
         share = _PROBES if view == "probes" and len(names) > 1 else 1.0
-        plan, kept, spent = fitting(frames, int(budget * share))
+        full, plan, kept, spent = fitting(frames, int(budget * share))
         left_out += _left_out(view, full, plan)
         blocks |= _blocks(view, kept, plan, prompts)
         budget -= spent

@@ -57,65 +57,76 @@ def spread(items: Sequence, count: int) -> list:
     return [items[i] for i in np.linspace(0, len(items) - 1, count).round().astype(int)]
 
 
-def everything(sides: Sequence[Frames]) -> Plan:
+class _Step:
+    """The completions of a step by prompt, as row numbers: of rollouts the best first, of probes as they come."""
+
+    def __init__(self, frame: pd.DataFrame):
+        self.frame = frame
+        self.lengths = [len(tokens) for tokens in frame["tokens"]]
+        self.rows: dict[str, list[int]] = {}
+        for number, prompt in enumerate(frame["prompt"]):
+            self.rows.setdefault(prompt, []).append(number)
+        if "kind" not in frame:
+            rewards = frame["reward"].fillna(-np.inf).tolist()
+            for numbers_of in self.rows.values():
+                numbers_of.sort(key=lambda number: -rewards[number])
+
+
+def fitting(sides: Sequence[Frames], budget: int) -> tuple[Plan, Plan, list[dict[int, pd.DataFrame]], int]:
+    """What there is, the most generous plan whose blocks stay below ``budget`` bytes in the page, what that keeps of each side, and
+    its bytes."""
+    ordered = [{step: _Step(frame) for step, frame in side.items() if len(frame)} for side in sides]
+    full = _everything(ordered)
+    per_token = _bytes_per_token(ordered)
+    for plan in plans(full):
+        chosen = _select(ordered, plan)
+        parts = [(ordered[side][step], rows) for side, steps in enumerate(chosen) for step, rows in steps.items()]
+        if per_token * sum(min(part.lengths[row], plan.tokens) for part, rows in parts for row in rows) > budget:
+            continue
+        spent = sum(size(part.frame.iloc[rows], plan.tokens) for part, rows in parts)
+        if spent <= budget:
+            break
+    kept = [
+        {step: of[step].frame.iloc[rows] for step, rows in steps.items()}
+        for of, steps in zip(ordered, chosen, strict=True)
+    ]
+    return full, plan, kept, spent
+
+
+def _everything(sides: Sequence[Mapping[int, _Step]]) -> Plan:
     """The plan that leaves nothing out."""
-    frames = [frame for side in sides for frame in side.values()]
     steps = {step for side in sides for step in side}
+    all_of = [part for side in sides for part in side.values()]
     return Plan(
         steps=len(steps),
-        prompts=max(
-            (len({p for side in sides if step in side for p in side[step]["prompt"]}) for step in steps), default=0
-        ),
-        each=max((frame.groupby("prompt").size().max() for frame in frames if len(frame)), default=0),
-        tokens=max((int(frame["tokens"].map(len).max()) for frame in frames if len(frame)), default=0),
+        prompts=max((len({p for side in sides if step in side for p in side[step].rows}) for step in steps), default=0),
+        each=max((len(rows) for part in all_of for rows in part.rows.values()), default=0),
+        tokens=max((max(part.lengths) for part in all_of), default=0),
     )
 
 
-def fitting(sides: Sequence[Frames], budget: int) -> tuple[Plan, list[dict[int, pd.DataFrame]], int]:
-    """The most generous plan whose blocks stay below ``budget`` bytes in the page, what it keeps of each side, and its bytes."""
-    per_token = _bytes_per_token(sides)
-    for plan in plans(everything(sides)):
-        kept = select(sides, plan)
-        tokens = sum(int(f["tokens"].map(len).clip(upper=plan.tokens).sum()) for side in kept for f in side.values())
-        if tokens * per_token > budget:
-            continue
-        spent = sum(size(frame, plan.tokens) for side in kept for frame in side.values())
-        if spent <= budget:
-            break
-    return plan, kept, spent
-
-
-def select(sides: Sequence[Frames], plan: Plan) -> list[dict[int, pd.DataFrame]]:
-    """What a plan keeps: steps evenly apart, the prompts that all sides have first, completions from the best to the worst."""
-    steps = spread(sorted({step for side in sides for step in side}), plan.steps)
-    kept: list[dict[int, pd.DataFrame]] = [{} for _ in sides]
-    for step in steps:
-        here = [side[step] for side in sides if step in side]
-        seen = list(dict.fromkeys(prompt for frame in here for prompt in frame["prompt"]))
-        seen.sort(key=lambda prompt, here=here: -sum(bool((frame["prompt"] == prompt).any()) for frame in here))
+def _select(sides: Sequence[Mapping[int, _Step]], plan: Plan) -> list[dict[int, list[int]]]:
+    """The rows that a plan keeps: steps evenly apart, the prompts that all sides have first, completions from the best to the worst."""
+    kept: list[dict[int, list[int]]] = [{} for _ in sides]
+    for step in spread(sorted({step for side in sides for step in side}), plan.steps):
+        here = [side[step].rows for side in sides if step in side]
+        prompts = list(dict.fromkeys(prompt for rows in here for prompt in rows))
+        prompts.sort(key=lambda prompt, here=here: -sum(prompt in rows for rows in here))
         for number, side in enumerate(sides):
             if step in side:
-                kept[number][step] = _rows(side[step], seen[: plan.prompts], plan.each)
+                rows = side[step].rows
+                kept[number][step] = [i for p in prompts[: plan.prompts] for i in spread(rows.get(p, []), plan.each)]
     return kept
 
 
-def _rows(frame: pd.DataFrame, prompts: Sequence[str], each: int) -> pd.DataFrame:
-    parts = []
-    for prompt in prompts:
-        group = frame[frame["prompt"] == prompt]
-        if "kind" not in group:  # those of probes are few, and in an order of their own
-            group = group.sort_values("reward", ascending=False, kind="stable")
-        parts.append(group.iloc[spread(range(len(group)), each)])
-    return pd.concat(parts, ignore_index=True) if parts else frame.head(0)
-
-
-def _bytes_per_token(sides: Sequence[Frames]) -> float:
-    frames = [frame for side in sides for frame in side.values() if len(frame)]
-    if not frames:
+def _bytes_per_token(sides: Sequence[Mapping[int, _Step]]) -> float:
+    parts = [part for side in sides for part in side.values()]
+    if not parts:
         return 0.0
-    frame = frames[len(frames) // 2]
-    each = max(1, _SAMPLE // len(frame))
-    return 0.8 * size(frame, each) / max(1, int(frame["tokens"].map(len).clip(upper=each).sum()))  # rather try in vain
+    part = parts[len(parts) // 2]
+    each = max(1, _SAMPLE // len(part.lengths))
+    taken = sum(min(length, each) for length in part.lengths)
+    return 0.9 * size(part.frame, each) / max(1, taken)  # rather try in vain than leave out too much
 
 
 def size(frame: pd.DataFrame, tokens: int) -> int:

@@ -12,7 +12,7 @@ from selenium.webdriver.common.keys import Keys
 from rl.errors import ReportError
 from rl.report import lens
 from rl.report.lens import Side, labelled, lens_of_run, write_lens
-from rl.report.lens_data import Plan, block, everything, fitting, plans, scales, select
+from rl.report.lens_data import Plan, block, fitting, plans, scales
 
 WORDS = ["so", " we", " add", " 17", " and", " 23", ".\n"]
 
@@ -100,18 +100,19 @@ def test_plans_go_from_everything_to_little_and_never_grow():
 
 def test_what_fits_keeps_the_first_and_last_step_and_the_best_and_worst_completion():
     frames = {step: rollouts(step, [f"p{i}" for i in range(8)], WORDS * 20, each=6) for step in range(10, 210, 10)}
-    plan, kept, spent = fitting([frames], 12_000)
+    _, plan, kept, spent = fitting([frames], 12_000)
     assert 0 < spent <= 12_000 and plan.steps < 20
     assert min(kept[0]) == 10 and max(kept[0]) == 200
     for frame in kept[0].values():
         assert {0.0, 2.5} <= set(frame["reward"]) and list(frame["reward"]) == sorted(frame["reward"], reverse=True)
-    generous, everything_kept, _ = fitting([frames], 10**9)
-    assert generous == everything([frames]) and len(everything_kept[0][10]) == 48
+    full, generous, everything, _ = fitting([frames], 10**9)
+    assert generous == full == Plan(20, 8, 6, 140) and len(everything[0][10]) == 48
 
 
 def test_two_sides_keep_the_prompts_that_both_have():
-    kept = select([{1: rollouts(1, ["a", "b", "c"])}, {1: rollouts(1, ["x", "c"])}], Plan(1, 1, 3, 9))
-    assert [set(side[1]["prompt"]) for side in kept] == [{"c"}, {"c"}]
+    sides = [{1: rollouts(1, ["a", "b", "c"])}, {1: rollouts(1, ["x", "c"])}]
+    _, plan, kept, _ = fitting(sides, 900)
+    assert plan.prompts == 1 and [set(side[1]["prompt"]) for side in kept] == [{"c"}, {"c"}]
 
 
 def test_a_page_too_large_says_what_it_left_out(tmp_path, monkeypatch):
@@ -299,7 +300,7 @@ def test_two_sides_show_the_same_prompt_and_say_where_there_is_none(opened):
     page.wait("document.querySelectorAll('.side')[1].textContent.includes('Nothing of this prompt')")
     page.run("document.querySelector('#prompts [aria-current]').focus()")
     ActionChains(page.driver).send_keys(Keys.ARROW_UP).perform()
-    page.wait("!document.body.textContent.includes('Nothing of this prompt')")
+    page.wait("!document.getElementById('sides').textContent.includes('Nothing of this prompt')")
 
 
 def test_the_slider_can_stay_with_a_prompt(opened):
