@@ -143,8 +143,9 @@ def _blocks(view: str, kept: Sequence[Frames], plan: Plan, prompts: dict[str, in
 
 
 def _summary(frame: pd.DataFrame, prompts: Mapping[str, int]) -> dict[int, list]:
-    """By prompt: how many completions, and their mean reward where it is known."""
-    means = frame.groupby("prompt", sort=False)["reward"].agg(["size", "mean"])
+    """By prompt: how many completions, and the mean reward, where it is known, of those that were drawn at this step."""
+    drawn = frame["reward"].where(frame["kind"] == "fresh") if "kind" in frame else frame["reward"]
+    means = frame.assign(reward=drawn).groupby("prompt", sort=False)["reward"].agg(["size", "mean"])
     return {
         prompts[prompt]: [int(row["size"]), None if pd.isna(row["mean"]) else round(float(row["mean"]), 3)]
         for prompt, row in means.iterrows()

@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from rl import build
 from rl.config import compose
 from rl.draw import Decoding, end_ids, prompt_ids, undisturbed
-from rl.errors import ConfigError
+from rl.errors import CheckpointError, ConfigError
 from rl.eval_run import eval_config, limited
 from rl.paths import find_model
 from rl.problems import problem_sets
@@ -36,6 +36,7 @@ def lens_of_model(
         CheckpointError: no model, or one without a tokenizer. ConfigError, DataError: what the configuration does wrong.
     """
     quiet()
+    path = find_model(target)
     named = {o.lstrip("+~").split("=")[0] for o in overrides}
     cfg = eval_config(target, compose(overrides, config_dir), overrides)
     cfg.eval.samples = cfg.eval.samples if "eval.samples" in named else _SAMPLES
@@ -48,11 +49,15 @@ def lens_of_model(
     decoding = build.decoding(cfg)
     if not isinstance(cfg.eval.samples, int) or cfg.eval.samples < 1:
         raise ConfigError(f"eval.samples={cfg.eval.samples} does not work. Expected a number of at least 1.")
-    path = find_model(target)
     base = base_of_adapters(path)
     own = base is None or (Path(path) / "tokenizer_config.json").is_file()
     tokenizer = build.tokenizer(path if own else base, cfg.model)
     rows, grade = _rows(cfg, tokenizer, prompts)
+    if not all(prompt_ids(tokenizer, row["prompt"]) for row in rows):
+        # transformers 5 makes up an empty tokenizer where a folder has none
+        raise CheckpointError(
+            f"The tokenizer of {path} makes no tokens of a prompt. Save the model's tokenizer beside it."
+        )
     model = build.language_model(path, cfg.model)
     frames = drawn(model, tokenizer, [row["prompt"] for row in rows], decoding, cfg.eval.samples, cfg.eval.seed)
     for row, frame in zip(rows, frames, strict=True):

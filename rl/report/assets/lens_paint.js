@@ -5,7 +5,7 @@ const paint = {
   // stand for a sign differ by red and green alone.
   ramps: {
     light: {heat: ["#ffffff", "#fdebc8", "#f9c377", "#e8893a"], rank: ["#ffffff", "#e4d9f3", "#b293da"], plus: ["#ffffff", "#c4defa", "#62a4e3"], minus: ["#ffffff", "#f8cdbd", "#e9805f"]},
-    dark: {heat: ["#12161c", "#3b2b16", "#6c430f", "#9c5200"], rank: ["#12161c", "#35264d", "#6a3fa0"], plus: ["#12161c", "#17375c", "#1d5fa8"], minus: ["#12161c", "#50261b", "#a13d1e"]},
+    dark: {heat: ["#12161c", "#473014", "#784a0d", "#9c5200"], rank: ["#12161c", "#35264d", "#6a3fa0"], plus: ["#12161c", "#17375c", "#1d5fa8"], minus: ["#12161c", "#50261b", "#a13d1e"]},
   },
   // What each colouring says. of: the value of token i in a row of a block; ramp: its name, or "sign" for plus and minus.
   colours: {
