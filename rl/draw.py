@@ -181,7 +181,7 @@ def _batch_seed(seed: int, number: int) -> int:
 
 @contextmanager
 def undisturbed(model: PreTrainedModel) -> Iterator[None]:
-    """Within the context a model draws the policy's own samples; its mode, generation defaults and torch's random state come back."""
+    """Draw and score within it: the model's mode, its generation defaults and torch's random state are then as they were."""
     training = model.training
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     defaults = base.generation_config
