@@ -145,7 +145,7 @@ def draw(
     batches, ends = plan([len(p) for p in prompts], decoding.batch_size, samples), end_ids(model, tokenizer)
     frames: dict[int, pd.DataFrame] = {}
     fresh, tokens, world = 0, 0, world_size()
-    with _undisturbed(model):
+    with undisturbed(model):
         for number in range(rank(), len(batches), world):
             if stop():
                 break
@@ -180,7 +180,8 @@ def _batch_seed(seed: int, number: int) -> int:
 
 
 @contextmanager
-def _undisturbed(model: PreTrainedModel) -> Iterator[None]:
+def undisturbed(model: PreTrainedModel) -> Iterator[None]:
+    """Draw and score within it: the model's mode, its generation defaults and torch's random state are then as they were."""
     training = model.training
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     defaults = base.generation_config

@@ -1,0 +1,147 @@
+"""What a model says to prompts, with everything there is to see of each token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+import torch
+from omegaconf import DictConfig
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from rl import build
+from rl.config import compose
+from rl.draw import Decoding, end_ids, prompt_ids, undisturbed
+from rl.errors import CheckpointError, ConfigError
+from rl.eval_run import eval_config, limited
+from rl.paths import find_model
+from rl.problems import problem_sets
+from rl.quiet import quiet
+from rl.report.lens import Side
+from rl.samples import base_of_adapters
+from rl.scoring import look
+
+_PROMPTS, _SAMPLES = 8, 4  # held-out problems, and completions of each prompt, unless the command line says otherwise
+_TOP = 5
+
+
+def lens_of_model(
+    target: str, prompts: Sequence[str], overrides: Sequence[str], config_dir: str | None, alike: Side | None
+) -> Side:
+    """Completions that a model draws now. Args: alike: a side with the same prompts, of which it takes the texts: another model's
+    chat template would write them differently.
+
+    Raises:
+        CheckpointError: no model, or one without a tokenizer. ConfigError, DataError: what the configuration does wrong.
+    """
+    quiet()
+    path = find_model(target)
+    named = {o.lstrip("+~").split("=")[0] for o in overrides}
+    cfg = eval_config(target, compose(overrides, config_dir), overrides)
+    cfg.eval.samples = cfg.eval.samples if "eval.samples" in named else _SAMPLES
+    cfg.eval.limit = cfg.eval.limit if "eval.limit" in named else _PROMPTS
+    cfg.eval.ks = [1]
+    if cfg.eval.temperature == 0 and "eval.samples" not in named:
+        cfg.eval.samples = 1  # greedy ones are all the same
+    build.use_threads(cfg.engine.threads)
+    build.check_seed("eval.seed", cfg.eval.seed)
+    decoding = build.decoding(cfg)
+    if not isinstance(cfg.eval.samples, int) or cfg.eval.samples < 1:
+        raise ConfigError(f"eval.samples={cfg.eval.samples} does not work. Expected a number of at least 1.")
+    base = base_of_adapters(path)
+    own = base is None or (Path(path) / "tokenizer_config.json").is_file()
+    tokenizer = build.tokenizer(path if own else base, cfg.model)
+    rows, grade = _rows(cfg, tokenizer, prompts)
+    if not all(prompt_ids(tokenizer, row["prompt"]) for row in rows):
+        # transformers 5 makes up an empty tokenizer where a folder has none
+        raise CheckpointError(
+            f"The tokenizer of {path} makes no tokens of a prompt. Save the model's tokenizer beside it."
+        )
+    model = build.language_model(path, cfg.model)
+    frames = drawn(model, tokenizer, [row["prompt"] for row in rows], decoding, cfg.eval.samples, cfg.eval.seed)
+    for row, frame in zip(rows, frames, strict=True):
+        frame["reward"] = grade(row, frame["completion"].tolist())
+    joined = pd.concat(frames, ignore_index=True)
+    if alike is not None:
+        texts = dict(enumerate(alike.views["samples"][0].drop_duplicates("problem")["prompt"]))
+        joined["prompt"] = joined["problem"].map(texts).fillna(joined["prompt"])
+    name = Path(target).resolve().name if Path(target).exists() else target
+    how = f"{cfg.eval.samples} completions of each prompt, temperature {decoding.temperature:g}, seed {cfg.eval.seed}"
+    return Side(name, how, {"samples": {0: joined}})
+
+
+def _rows(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]):
+    """The prompts to draw, and what grades the completions of one: nobody knows what is right for a prompt of the command line."""
+    if prompts:
+        chat = tokenizer.chat_template is not None
+        rows = [{"prompt": [{"role": "user", "content": text}] if chat else text} for text in prompts]
+        return rows, lambda row, completions: [float("nan")] * len(completions)
+    rows, graders = [], {}
+    for name, problems in limited(problem_sets(cfg, tokenizer), cfg.eval.limit).items():
+        graders[name] = problems.grader
+        rows += [{**row, "_set": name} for row in problems.heldout]
+
+    def grade(row: dict, completions: list[str]) -> list[float]:
+        columns = {key: [value] * len(completions) for key, value in row.items() if key not in ("prompt", "_set")}
+        return graders[row["_set"]](prompts=[row["prompt"]] * len(completions), completions=completions, **columns)
+
+    return rows, grade
+
+
+def drawn(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str | list[dict]],
+    decoding: Decoding,
+    samples: int,
+    seed: int,
+) -> list[pd.DataFrame]:
+    """For each prompt a frame of ``samples`` completions: problem, prompt, completion, and per token token_ids, tokens, entropy and
+    logp (nats, at the temperature; greedy: at 1), rank, top_ids, top_tokens, top_probs."""
+    ends, frames = end_ids(model, tokenizer), []
+    with undisturbed(model):
+        for number, prompt in enumerate(prompts):
+            ids = prompt_ids(tokenizer, prompt)
+            torch.manual_seed(seed * 1000 + number)
+            parts, left = [], samples
+            while left > 0:
+                count = min(left, decoding.batch_size)
+                parts.append(_batch(model, tokenizer, ids, decoding, count, ends))
+                left -= count
+            text = tokenizer.decode(ids, skip_special_tokens=True)
+            frames.append(pd.concat(parts, ignore_index=True).assign(problem=number, prompt=text))
+    return frames
+
+
+def _batch(model, tokenizer, prompt: list[int], decoding: Decoding, count: int, ends: list[int]) -> pd.DataFrame:
+    ids = torch.tensor([prompt] * count, device=model.device)
+    attention = torch.ones_like(ids)
+    config = GenerationConfig(
+        max_new_tokens=decoding.max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=ends or None,
+        **decoding.options(),
+    )
+    full = model.generate(input_ids=ids, attention_mask=attention, generation_config=config)
+    new = full[:, len(prompt) :]
+    end = torch.isin(new, torch.tensor(ends, dtype=new.dtype, device=new.device))
+    valid = (end.cumsum(-1) - end.long()) == 0  # up to and including the first end of text
+    seen = look(model, full, torch.cat([attention, valid.long()], 1), new.shape[1], decoding.temperature or 1.0, k=_TOP)
+    rows = []
+    for i, mask in enumerate(valid):
+        own, top = new[i][mask], seen.top.ids[i][mask].tolist()
+        rows.append(
+            {
+                "completion": tokenizer.decode(own, skip_special_tokens=True),
+                "token_ids": own.tolist(),
+                "tokens": [tokenizer.decode(t) for t in own],
+                "entropy": seen.entropy[i][mask].tolist(),
+                "logp": seen.logp[i][mask].tolist(),
+                "rank": seen.rank[i][mask].tolist(),
+                "top_ids": top,
+                "top_tokens": [[tokenizer.decode([t]) for t in place] for place in top],
+                "top_probs": seen.top.logp[i][mask].exp().tolist(),
+            }
+        )
+    return pd.DataFrame(rows)
