@@ -25,7 +25,7 @@ class Interval(NamedTuple):
     high: float
 
 
-class Test(NamedTuple):
+class PValue(NamedTuple):
     """A two-sided p-value over ``n`` differences; ``smallest``: what it could be at best; ``exact``: all sign assignments counted."""
 
     p: float
@@ -88,7 +88,7 @@ def _middle_ranks(n: int) -> np.ndarray:
     return weights
 
 
-def sign_flip(differences: np.ndarray) -> Test:
+def sign_flip(differences: np.ndarray) -> PValue:
     """Paired permutation test that the mean difference is 0: how often flipped signs give a mean at least as far from it.
 
     Exact up to 13 differences other than 0; beyond, (1 + hits) / (1 + 10,000) of seeded random flips.
@@ -100,9 +100,11 @@ def sign_flip(differences: np.ndarray) -> Test:
     edge = seen - 1e-9 * max(1.0, np.abs(moved).sum())  # sums that are equal up to rounding count
     if n <= _EXACT:
         signs = 1 - 2 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
-        return Test(float(np.mean(np.abs(signs @ moved) >= edge)), len(differences), 2.0 ** (1 - n) if n else 1.0, True)
+        return PValue(
+            float(np.mean(np.abs(signs @ moved) >= edge)), len(differences), 2.0 ** (1 - n) if n else 1.0, True
+        )
     hits = int((np.abs(_signs(n) @ moved) >= edge).sum())
-    return Test((1 + hits) / (1 + FLIPS), len(differences), 1 / (1 + FLIPS), False)
+    return PValue((1 + hits) / (1 + FLIPS), len(differences), 1 / (1 + FLIPS), False)
 
 
 @lru_cache(maxsize=4)
