@@ -5,8 +5,9 @@ from __future__ import annotations
 import string
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -35,7 +36,7 @@ class Result:
     """A method with its numbers.
 
     Attributes:
-        letter: short name. used: the runs behind the numbers: the finished ones, all that got anywhere where none is.
+        letter: short name. measures: of each run, by its folder. used: the runs behind the numbers: the finished ones, all that got anywhere where none is.
         problems: held-out problems that all used runs answered; rates: share of right samples of each, averaged over the runs;
         curves: unbiased pass@k of each (problems, ks), averaged over the runs. Empty where no samples were kept.
     """
@@ -44,7 +45,7 @@ class Result:
     method: Method
     used: Sequence[Run]
     finished: bool
-    measures: Mapping[str, Mapping[str, float]]
+    measures: Mapping[Path, Mapping[str, float]]
     cells: Mapping[str, Cell]
     problems: list[tuple[str, int]] = field(default_factory=list)
     rates: np.ndarray = field(default_factory=lambda: np.zeros(0))
@@ -138,13 +139,13 @@ def _order(names: Sequence[str]):
 
 
 def _result(letter: str, method: Method) -> Result:
-    found = {run.name: measures(run) for run in method.runs}
+    found = {run.folder: measures(run) for run in method.runs}
     done = [run for run in method.runs if run.state == "done"]
-    used = done or [run for run in method.runs if found[run.name]]
+    used = done or [run for run in method.runs if found[run.folder]]
     cells = {}
-    for name in dict.fromkeys(name for run in used for name in found[run.name]):
-        having = [run for run in used if name in found[run.name]]
-        cells[name] = _cell(name, having, np.array([[found[run.name][name]] for run in having]))
+    for name in dict.fromkeys(name for run in used for name in found[run.folder]):
+        having = [run for run in used if name in found[run.folder]]
+        cells[name] = _cell(name, having, np.array([[found[run.folder][name]] for run in having]))
     if len(scores := _sets(used, found)) and scores.shape[1] > 1:
         cells[ALL_SETS] = _cell(ALL_SETS, used, scores)
     samples = [held for run in used if (held := heldout(run))]
@@ -159,11 +160,13 @@ def _cell(name: str, runs: Sequence[Run], scores: np.ndarray) -> Cell:
     return Cell(interval.value, *(problems or (np.nan, np.nan)), 1, "problems" if problems else None)
 
 
-def _sets(used: Sequence[Run], found: Mapping[str, Mapping[str, float]]) -> np.ndarray:
+def _sets(used: Sequence[Run], found: Mapping[Path, Mapping[str, float]]) -> np.ndarray:
     """pass@1 as (runs, sets) of the runs that have every set; of a single set, that one."""
-    sets = list(dict.fromkeys(name for run in used for name in found[run.name] if name.startswith("pass@1 of ")))
+    sets = list(dict.fromkeys(name for run in used for name in found[run.folder] if name.startswith("pass@1 of ")))
     names = sets or ["pass@1"]
-    rows = [[found[run.name][name] for name in names] for run in used if all(name in found[run.name] for name in names)]
+    rows = [
+        [found[run.folder][name] for name in names] for run in used if all(name in found[run.folder] for name in names)
+    ]
     return np.array(rows).reshape(-1, len(names))
 
 
@@ -213,8 +216,8 @@ def _over_seeds(a: Result, b: Result) -> tuple[list[int], PValue | None]:
     for result in (a, b):
         by_seed: dict[int, list[float]] = {}
         for run in result.used:
-            if "seed" in run.config and "pass@1" in result.measures[run.name]:
-                by_seed.setdefault(run.config["seed"], []).append(result.measures[run.name]["pass@1"])
+            if "seed" in run.config and "pass@1" in result.measures[run.folder]:
+                by_seed.setdefault(run.config["seed"], []).append(result.measures[run.folder]["pass@1"])
         scores.append({seed: float(np.mean(values)) for seed, values in by_seed.items()})
     seeds = sorted(scores[0].keys() & scores[1].keys())
     if len(seeds) < FEW:
@@ -239,7 +242,7 @@ def _corrected(pairs: Sequence[Pair]) -> list[Pair]:
     for test, field_name in (("test", "holm"), ("seeds_test", "seeds_holm")):
         tested = [i for i, pair in enumerate(out) if getattr(pair, test)]
         for i, p in zip(tested, statistics.holm([getattr(out[i], test).p for i in tested]), strict=True):
-            out[i] = Pair(**{**out[i].__dict__, field_name: p})
+            out[i] = replace(out[i], **{field_name: p})
     return out
 
 

@@ -1,0 +1,156 @@
+"""A comparison on the terminal, within 100 columns: methods wrap, numbers do not."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from rl.report.compared import Cell, Comparison, Pair, Result
+
+WIDEST = 100
+_CELL = 22  # columns of "0.5578 [0.4991, 0.6118]p"
+_PAIRS = 10  # beyond, those with the first method
+
+
+def show(comparison: Comparison, console: Console | None = None) -> None:
+    """Print methods, what differs, the measures with intervals, the pairs and the notes."""
+    console = console or _console()
+    console.print(_methods(comparison))
+    if (settings := _settings(comparison)) is not None:
+        console.print(settings)
+    room = max(1, (console.width - 26) // (_CELL + 2))
+    for first in range(0, len(comparison.results), room):
+        console.print(_measures(comparison, comparison.results[first : first + room]))
+    if comparison.pairs:
+        console.print(_pairs(comparison))
+    for note in comparison.notes:
+        console.print(Text(f"note  {note}"))
+
+
+def _console() -> Console:
+    console = Console(highlight=False, markup=False, emoji=False)
+    console.width = min(console.width, WIDEST) if sys.stdout.isatty() else WIDEST
+    return console
+
+
+def number(value: float) -> str:
+    """Three decimals below 10, fewer above; thousands with commas."""
+    if not math.isfinite(value):
+        return ""
+    size = abs(value)
+    return f"{value:.3f}" if size < 10 else f"{value:.1f}" if size < 1000 else f"{value:,.0f}"
+
+
+def cell(found: Cell | None, used: int) -> str:
+    """Value, interval (``p``: over problems), and of how many runs where some lack it."""
+    if found is None:
+        return ""
+    interval = f" [{number(found.low)}, {number(found.high)}]" if found.over else ""
+    return f"{number(found.value)}{interval}{'p' if found.over == 'problems' else ''}" + (
+        f" ({found.runs} of {used})" if found.runs < used else ""
+    )
+
+
+def p_value(p: float | None, smallest: float = 0.0) -> str:
+    """A p-value, or that it is below what can be told."""
+    if p is None:
+        return ""
+    return f"<{smallest * 1.1:.4f}" if 0 < smallest < 0.001 and p <= smallest * 1.0001 else f"{p:.4f}"
+
+
+def crossing(pair: Pair) -> str:
+    """Where the curves of pass@k cross."""
+    found = pair.crossover
+    if found is None:
+        return ""
+    if math.isinf(found.k):
+        return f"none up to {found.upto}"
+    high = f"{found.high:.1f}" if math.isfinite(found.high) else f"none up to {found.upto}"
+    return f"{found.overtaker} from k={found.k:.1f} [{found.low:.1f}, {high}]"
+
+
+def _table(title: str) -> Table:
+    return Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left", title_style="bold")
+
+
+def _methods(comparison: Comparison) -> Table:
+    table = _table("methods")
+    table.add_column("")
+    table.add_column("", overflow="fold")
+    for name in ("runs", "used", "seeds"):
+        table.add_column(name, justify="right" if name != "seeds" else "left", overflow="fold")
+    for result in comparison.results:
+        seeds = ", ".join(map(str, result.method.seeds))
+        unfinished = "" if result.finished else " unfinished"
+        table.add_row(
+            result.letter,
+            Text(result.method.label),
+            str(len(result.method.runs)),
+            f"{len(result.used)}{unfinished}",
+            seeds,
+        )
+    return table
+
+
+def _settings(comparison: Comparison) -> Table | None:
+    """A row a key that differs, and who has which value: any number of methods."""
+    keys = list(comparison.results[0].method.settings)
+    if not keys:
+        return None
+    table = _table("configuration: what differs")
+    table.add_column("", overflow="fold")
+    table.add_column("", overflow="fold")
+    for key in keys:
+        having: dict[str, list[str]] = {}
+        for result in comparison.results:
+            having.setdefault(result.method.settings[key], []).append(result.letter)
+        table.add_row(
+            Text(key), Text("   ".join(f"{', '.join(letters)}: {value}" for value, letters in having.items()))
+        )
+    return table
+
+
+def _measures(comparison: Comparison, results: Sequence[Result]) -> Table:
+    table = _table("interquartile mean over seeds [95 %]")
+    table.add_column("", no_wrap=True)
+    for result in results:
+        table.add_column(Text(f"{result.letter}  {result.method.label}"), overflow="fold", max_width=_CELL + 2)
+    for name in comparison.names:
+        cells = [cell(result.cells.get(name), len(result.used)) for result in results]
+        if any(cells):
+            table.add_row(name, *(Text(c, no_wrap=True) for c in cells))
+    return table
+
+
+def _pairs(comparison: Comparison) -> Table:
+    shown, more = comparison.pairs, ""
+    if len(shown) > _PAIRS:
+        shown = [pair for pair in shown if pair.a == comparison.results[0].letter]
+        more = f" ({len(shown)} of {len(comparison.pairs)} pairs; all are in --html and --json)"
+    table = _table(f"pass@1, pair by pair{more}")
+    columns = ("", "difference over problems", "p", "p Holm", "p over seeds", "P(better)", "pass@k overtakes")
+    for name in columns:
+        table.add_column(name, no_wrap=True, justify="left" if name in columns[:2] + columns[-1:] else "right")
+    for pair in shown:
+        table.add_row(*pair_cells(pair))
+    return table
+
+
+def pair_cells(pair: Pair) -> list[str]:
+    """The words of a pair, in the order of the table's columns."""
+    d, better = pair.difference, pair.improvement
+    return [
+        f"{pair.b} - {pair.a}",
+        f"{d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}]" if d else "",
+        p_value(pair.test.p, pair.test.smallest) if pair.test else "",
+        p_value(pair.holm) if pair.test else "",
+        p_value(pair.seeds_holm) if pair.seeds_test else f"{len(pair.seeds)} shared",
+        number(better.value) if better else "",
+        crossing(pair),
+    ]
