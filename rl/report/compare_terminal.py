@@ -21,14 +21,12 @@ _PAIRS = 10  # beyond, those with the first method
 def show(comparison: Comparison, console: Console | None = None) -> None:
     """Print methods, what differs, the measures with intervals, the pairs and the notes."""
     console = console or _console()
-    console.print(_methods(comparison))
-    if (settings := _settings(comparison)) is not None:
-        console.print(settings)
     room = max(1, (console.width - 26) // (_CELL + 2))
-    for first in range(0, len(comparison.results), room):
-        console.print(_measures(comparison, comparison.results[first : first + room]))
-    if comparison.pairs:
-        console.print(_pairs(comparison))
+    blocks = [comparison.results[i : i + room] for i in range(0, len(comparison.results), room)]
+    tables = [_methods(comparison), _settings(comparison), *(_measures(comparison, block) for block in blocks)]
+    for table in filter(None, [*tables, *_pairs(comparison)]):
+        console.print(table)
+        console.print()
     for note in comparison.notes:
         console.print(Text(f"note  {note}"))
 
@@ -76,7 +74,9 @@ def crossing(pair: Pair) -> str:
 
 
 def _table(title: str) -> Table:
-    return Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left", title_style="bold")
+    return Table(
+        box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, title=title, title_justify="left", title_style="bold"
+    )
 
 
 def _methods(comparison: Comparison) -> Table:
@@ -104,6 +104,7 @@ def _settings(comparison: Comparison) -> Table | None:
     if not keys:
         return None
     table = _table("configuration: what differs")
+    table.show_header = False
     table.add_column("", overflow="fold")
     table.add_column("", overflow="fold")
     for key in keys:
@@ -128,29 +129,45 @@ def _measures(comparison: Comparison, results: Sequence[Result]) -> Table:
     return table
 
 
-def _pairs(comparison: Comparison) -> Table:
-    shown, more = comparison.pairs, ""
-    if len(shown) > _PAIRS:
-        shown = [pair for pair in shown if pair.a == comparison.results[0].letter]
-        more = f" ({len(shown)} of {len(comparison.pairs)} pairs; all are in --html and --json)"
-    table = _table(f"pass@1, pair by pair{more}")
-    columns = ("", "difference over problems", "p", "p Holm", "p over seeds", "P(better)", "pass@k overtakes")
-    for name in columns:
-        table.add_column(name, no_wrap=True, justify="left" if name in columns[:2] + columns[-1:] else "right")
-    for pair in shown:
-        table.add_row(*pair_cells(pair))
-    return table
+def _pairs(comparison: Comparison) -> list[Table]:
+    """Over problems, and over seeds where there are several."""
+    pairs, more = comparison.pairs, ""
+    if len(pairs) > _PAIRS:
+        pairs = [pair for pair in pairs if pair.a == comparison.results[0].letter]
+        more = f"; {len(pairs)} of {len(comparison.pairs)} pairs, all are in --html and --json"
+    kinds = (
+        (f"pass@1 over held-out problems, seeds averaged{more}", PROBLEMS, problem_words, lambda p: p.difference),
+        (f"pass@1 over seeds{more}", SEEDS, seed_words, lambda p: p.improvement or p.seeds_test),
+    )
+    tables = []
+    for title, columns, words, known in kinds:
+        if any(known(pair) for pair in pairs):
+            table = _table(title)
+            for name in ("", *columns):
+                table.add_column(name, no_wrap=True)
+            for pair in pairs:
+                table.add_row(f"{pair.b} - {pair.a}", *words(pair))
+            tables.append(table)
+    return tables
 
 
-def pair_cells(pair: Pair) -> list[str]:
-    """The words of a pair, in the order of the table's columns."""
-    d, better = pair.difference, pair.improvement
-    return [
-        f"{pair.b} - {pair.a}",
-        f"{d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}]" if d else "",
-        p_value(pair.test.p, pair.test.smallest) if pair.test else "",
-        p_value(pair.holm) if pair.test else "",
-        p_value(pair.seeds_holm) if pair.seeds_test else f"{len(pair.seeds)} shared",
-        number(better.value) if better else "",
-        crossing(pair),
-    ]
+PROBLEMS = ("problems", "difference", "p", "p (Holm)", "overtakes in pass@k")
+SEEDS = ("P(better)", "shared seeds", "p", "p (Holm)")
+
+
+def problem_words(pair: Pair) -> list[str]:
+    """The columns PROBLEMS of a pair."""
+    d, test = pair.difference, pair.test
+    if d is None or test is None:
+        return [str(pair.problems), "", "", "", ""]
+    smallest = 0.0 if test.exact else test.smallest
+    difference = f"{d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}]"
+    return [str(pair.problems), difference, p_value(test.p, smallest), p_value(pair.holm), crossing(pair)]
+
+
+def seed_words(pair: Pair) -> list[str]:
+    """The columns SEEDS of a pair."""
+    better, test = pair.improvement, pair.seeds_test
+    probability = f"{better.value:.2f} [{better.low:.2f}, {better.high:.2f}]" if better else ""
+    p = f"{p_value(test.p)} (at best {test.smallest:.4f})" if test else ""
+    return [probability, str(len(pair.seeds)), p, p_value(pair.seeds_holm)]

@@ -74,7 +74,8 @@ class Pair:
 
     Attributes:
         difference, test: over the ``problems`` held-out problems of both, seeds averaged; holm: its p-value corrected for all pairs.
-        seeds: the seeds that both have; seeds_test: over them, where there are at least five. improvement: P(a run of b is better).
+        seeds: the seeds that both have; seeds_test: over them, where there are at least five. improvement: P(a run of b is better),
+            where both have several runs.
     """
 
     a: str
@@ -185,7 +186,7 @@ def _on_problems(samples: Sequence[Heldout]) -> dict:
 def _pair(a: Result, b: Result) -> Pair:
     seeds, seeds_test = _over_seeds(a, b)
     scores = [_sets(r.used, r.measures) for r in (a, b)]
-    comparable = all(map(len, scores)) and scores[0].shape[1] == scores[1].shape[1]
+    comparable = min(map(len, scores)) > 1 and scores[0].shape[1] == scores[1].shape[1]
     pair = {
         "seeds": seeds,
         "seeds_test": seeds_test,
