@@ -41,11 +41,8 @@ def show_comparison(targets: Sequence[str], files: Mapping[str, Path], wandb: bo
     if wandb:
         from rl.report.wandb_view import publish
 
-        print(
-            publish(
-                runs, {result.method.label: [run.name for run in result.method.runs] for result in comparison.results}
-            )
-        )
+        groups = {result.method.label: result.method.runs for result in comparison.results}
+        print(publish(runs, groups))
 
 
 def as_csv(comparison: Comparison) -> str:
@@ -54,10 +51,9 @@ def as_csv(comparison: Comparison) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     own = ["name", "method", "seed", "state", "steps", "used"]
-    names = list(
-        dict.fromkeys([*comparison.names, *(n for r in comparison.results for m in r.measures.values() for n in m)])
-    )
-    names = [name for name in names if any(name in m for r in comparison.results for m in r.measures.values())]
+    measured = {name for result in comparison.results for found in result.measures.values() for name in found}
+    names = [name for name in comparison.names if name in measured]
+    names += sorted(measured - set(names))  # of runs that are left out of the intervals
     writer.writerow([*own, *keys, *names])
     for row in _runs(comparison):
         facts = [row[name] for name in own]

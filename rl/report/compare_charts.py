@@ -19,7 +19,6 @@ _PER_STEP = {
     "reward": ("reward/mean", "reward"),
     "entropy": ("entropy/mean", "nats"),
     "top20": ("entropy/top20_mean", "nats"),
-    "length": ("rollout/len", "tokens"),
 }
 
 

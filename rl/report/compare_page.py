@@ -17,7 +17,6 @@ _CHARTS = (
     ("pass_at", "pass@k on held-out problems", "Where curves cross, the method that was behind solves more problems with k tries. Below the dotted line at large k: problems were lost."),
     ("seeds", "pass@1, every run a dot", "Intervals that the dots of another method fill say little; see the tests below."),
     ("top20", "Entropy of the top 20 % of tokens", "The forking tokens: flat is exploration kept where decisions are made."),
-    ("length", "Completion length", "A jump explains many a reward; compare rewards at similar lengths."),
 )  # fmt: skip
 
 

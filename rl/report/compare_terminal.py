@@ -69,7 +69,7 @@ def crossing(pair: Pair) -> str:
         return ""
     if math.isinf(found.k):
         return f"none up to {found.upto}"
-    high = f"{found.high:.1f}" if math.isfinite(found.high) else f"none up to {found.upto}"
+    high = f"{found.high:.1f}" if math.isfinite(found.high) else f">{found.upto}"
     return f"{found.overtaker} from k={found.k:.1f} [{found.low:.1f}, {high}]"
 
 

@@ -18,6 +18,7 @@ from rl.report.methods import Method, group
 from rl.report.reading import Run
 from rl.report.statistics import Interval, PValue
 
+MOST = 10  # methods of which every pair is tested: of many more pairs, corrected for all, none could come out
 FEW = 5  # below so many seeds a bootstrap interval is too narrow, and no sign-flip test reaches 5 %
 
 
@@ -73,7 +74,7 @@ class Pair:
     """``b`` minus ``a`` in pass@1 (letters), None where it cannot be said.
 
     Attributes:
-        difference, test: over the ``problems`` held-out problems of both, seeds averaged; holm: its p-value corrected for all pairs.
+        difference, test: over the ``problems`` held-out problems of both, seeds averaged; holm: its p-value corrected for all pairs compared.
         seeds: the seeds that both have; seeds_test: over them, where there are at least five. improvement: P(a run of b is better),
             where both have several runs.
     """
@@ -106,7 +107,15 @@ def compare(runs: Sequence[Run], notes: Sequence[str] = ()) -> Comparison:
     """Group runs to methods and compare them; ``notes`` of the reading come first in those of the comparison."""
     results = [_result(letter(i), method) for i, method in enumerate(group(runs))]
     names = list(dict.fromkeys(name for r in results for name in r.cells))
-    pairs = _corrected([_pair(a, b) for a, b in combinations(results, 2)])
+    if len(results) > MOST:
+        chosen = [(results[0], other) for other in results[1:]]
+        notes = [
+            *notes,
+            f"More than {MOST} methods: each is tested against {results[0].letter}, the first that was named.",
+        ]
+    else:
+        chosen = list(combinations(results, 2))
+    pairs = _corrected([_pair(a, b) for a, b in chosen])
     return Comparison(
         results=results,
         pairs=pairs,
@@ -267,6 +276,10 @@ def _before(results: Sequence[Result]) -> dict[str, tuple[Sequence[int], np.ndar
     }
 
 
+def _and_more(letters: Sequence[str], shown: int = 10) -> str:
+    return ", ".join(letters[:shown]) + (f" and {len(letters) - shown} more" if len(letters) > shown else "")
+
+
 def _notes(results: Sequence[Result], pairs: Sequence[Pair]) -> list[str]:
     notes = []
     for result in results:
@@ -283,12 +296,12 @@ def _notes(results: Sequence[Result], pairs: Sequence[Pair]) -> list[str]:
     single = [r.letter for r in results if len(r.used) == 1]
     if single:
         notes.append(
-            f"{', '.join(single)}: one run, so nothing is known of other seeds. Intervals marked p are over held-out problems."
+            f"{_and_more(single)}: one run, so nothing is known of other seeds. Intervals marked p are over held-out problems."
         )
     few = [r.letter for r in results if 1 < len(r.used) < FEW]
     if few:
         notes.append(
-            f"{', '.join(few)}: fewer than {FEW} seeds. Their intervals are too narrow (of 3 seeds, 95 % cover about 3 times in 4): "
+            f"{_and_more(few)}: fewer than {FEW} seeds. Their intervals are too narrow (of 3 seeds, 95 % cover about 3 times in 4): "
             "read them as a spread."
         )
     if pairs and any(pair.test for pair in pairs):

@@ -36,6 +36,7 @@ entrl.charts = {
       margin: {l: 48, r: 12, t: 8, b: 36}, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", hovermode: "x unified",
       font: {color: entrl.colour("fg"), size: 12, family: "system-ui, sans-serif"}, showlegend: true,
       legend: {orientation: "h", y: 1.12, x: 0, font: {size: 11}}, hoverlabel: {bgcolor: entrl.colour("panel"), font: {color: entrl.colour("fg")}},
+      modebar: {bgcolor: "rgba(0,0,0,0)", color: entrl.colour("muted"), activecolor: entrl.colour("fg")},
       ...own,
     };
     for (const name of ["xaxis", "yaxis", ...Object.keys(own).filter(k => /^[xy]axis\d/.test(k))]) merged[name] = {...axis, ...(own[name] || {})};

@@ -13,6 +13,8 @@
     entrl.charts.draw();
   }
   boxes.forEach(box => box.addEventListener("change", show));
+  // a box may have been clicked before the charts were drawn
+  new MutationObserver(() => boxes.every(box => box.checked) || show()).observe(document.body, {attributeFilter: ["data-ready"]});
   for (const [id, checked] of [["all", true], ["none", false]]) {
     document.getElementById(id).addEventListener("click", () => { boxes.forEach(box => { box.checked = checked; }); show(); });
   }
@@ -24,8 +26,12 @@
     return text !== "" && !Number.isNaN(number) ? number : text;
   }
 
-  function compared(a, b) {
-    if (a === "" || b === "") return (a === "") - (b === "");  // empty last, ascending
+  function compared(a, b, up) {
+    if (a === "" || b === "") return (a === "") - (b === "");  // empty comes last both ways
+    return (up ? 1 : -1) * ascending(a, b);
+  }
+
+  function ascending(a, b) {
     if (typeof a === "number" && typeof b === "number") return a - b;
     return String(a).localeCompare(String(b), undefined, {numeric: true});
   }
@@ -35,7 +41,7 @@
     const up = heading.getAttribute("aria-sort") !== "ascending";
     for (const other of table.tHead.rows[0].cells) other.setAttribute("aria-sort", "none");
     heading.setAttribute("aria-sort", up ? "ascending" : "descending");
-    const rows = [...body.rows].sort((a, b) => (up ? 1 : -1) * compared(key(a.cells[column]), key(b.cells[column])));
+    const rows = [...body.rows].sort((a, b) => compared(key(a.cells[column]), key(b.cells[column]), up));
     body.append(...rows);
   }
   for (const button of document.querySelectorAll(".sort")) button.addEventListener("click", () => sort(button.closest("th")));
