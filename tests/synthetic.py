@@ -34,7 +34,7 @@ def write_run(
         "plugin": plugin or {},
         "reward": {"correct": {"weight": 1.0}},
         "run": {"name": folder.name, "dir": str(folder.parent)},
-        "trainer": {"learning_rate": 1e-3, "max_steps": steps, "seed": seed},
+        "trainer": {"learning_rate": 1e-3, "max_steps": 500, "seed": seed},
         "data": {"name": "countdown", "heldout": {"seed": 0}},
         "model": {"name": "tiny"},
     }

@@ -14,16 +14,14 @@ from rich.text import Text
 from rl.report.compared import Cell, Comparison, Pair, Result
 
 WIDEST = 100
-_CELL = 22  # columns of "0.5578 [0.4991, 0.6118]p"
+_GAP = 3  # between columns
 _PAIRS = 10  # beyond, those with the first method
 
 
 def show(comparison: Comparison, console: Console | None = None) -> None:
     """Print methods, what differs, the measures with intervals, the pairs and the notes."""
     console = console or _console()
-    room = max(1, (console.width - 26) // (_CELL + 2))
-    blocks = [comparison.results[i : i + room] for i in range(0, len(comparison.results), room)]
-    tables = [_methods(comparison), _settings(comparison), *(_measures(comparison, block) for block in blocks)]
+    tables = [_methods(comparison), _settings(comparison), *_measures(comparison, console.width)]
     for table in filter(None, [*tables, *_pairs(comparison)]):
         console.print(table)
         console.print()
@@ -117,15 +115,25 @@ def _settings(comparison: Comparison) -> Table | None:
     return table
 
 
-def _measures(comparison: Comparison, results: Sequence[Result]) -> Table:
+def _measures(comparison: Comparison, room: int) -> list[Table]:
+    """A column a method, as many beside each other as there is room for."""
+    left = room - max(map(len, comparison.names), default=0)
+    blocks: list[list[tuple[Result, int]]] = []
+    for result in comparison.results:
+        width = max([16, *(len(cell(found, len(result.used))) for found in result.cells.values())])
+        if not blocks or sum(w + _GAP for _, w in [*blocks[-1], (result, width)]) > left:
+            blocks.append([])
+        blocks[-1].append((result, width))
+    return [_block(comparison.names, block) for block in blocks]
+
+
+def _block(names: Sequence[str], block: Sequence[tuple[Result, int]]) -> Table:
     table = _table("interquartile mean over seeds [95 %]")
     table.add_column("", no_wrap=True)
-    for result in results:
-        table.add_column(Text(f"{result.letter}  {result.method.label}"), overflow="fold", max_width=_CELL + 2)
-    for name in comparison.names:
-        cells = [cell(result.cells.get(name), len(result.used)) for result in results]
-        if any(cells):
-            table.add_row(name, *(Text(c, no_wrap=True) for c in cells))
+    for result, width in block:
+        table.add_column(Text(f"{result.letter}  {result.method.label}"), overflow="fold", width=width)
+    for name in names:
+        table.add_row(name, *(cell(result.cells.get(name), len(result.used)) for result, _ in block))
     return table
 
 

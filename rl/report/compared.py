@@ -12,11 +12,11 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from rl.report import statistics
+from rl.report import stats
 from rl.report.measures import ALL_SETS, Heldout, heldout, measures, problem_interval
 from rl.report.methods import Method, group
 from rl.report.reading import Run
-from rl.report.statistics import Interval, PValue
+from rl.report.stats import Interval, PValue
 
 MOST = 10  # methods of which every pair is tested: of many more pairs, corrected for all, none could come out
 FEW = 5  # below so many seeds a bootstrap interval is too narrow, and no sign-flip test reaches 5 %
@@ -163,7 +163,7 @@ def _result(letter: str, method: Method) -> Result:
 
 
 def _cell(name: str, runs: Sequence[Run], scores: np.ndarray) -> Cell:
-    interval = statistics.over_runs(scores)
+    interval = stats.over_runs(scores)
     if len(scores) > 1:
         return Cell(*interval, len(scores), "seeds")
     problems = problem_interval(runs[0], name)
@@ -187,7 +187,7 @@ def _on_problems(samples: Sequence[Heldout]) -> dict:
     problems = [problem for problem in samples[0].problems if problem in shared]
     right = [s.right if s.problems == problems else s.on(problems) for s in samples]
     ks = ks_up_to(min(s.n for s in samples))
-    curves = [statistics.pass_curves(r, s.n, ks) for r, s in zip(right, samples, strict=True)]
+    curves = [stats.pass_curves(r, s.n, ks) for r, s in zip(right, samples, strict=True)]
     rates = [r / s.n for r, s in zip(right, samples, strict=True)]
     return {"problems": problems, "rates": np.mean(rates, axis=0), "ks": ks, "curves": np.mean(curves, axis=0)}
 
@@ -199,7 +199,7 @@ def _pair(a: Result, b: Result) -> Pair:
     pair = {
         "seeds": seeds,
         "seeds_test": seeds_test,
-        "improvement": statistics.improvement(scores[1], scores[0]) if comparable else None,
+        "improvement": stats.improvement(scores[1], scores[0]) if comparable else None,
     }
     rows = slice(None), slice(None)
     problems = a.problems
@@ -213,8 +213,8 @@ def _pair(a: Result, b: Result) -> Pair:
         a.letter,
         b.letter,
         problems=len(problems),
-        difference=statistics.over_problems(difference),
-        test=statistics.sign_flip(difference),
+        difference=stats.over_problems(difference),
+        test=stats.sign_flip(difference),
         crossover=_crossover(a, b, rows),
         **pair,
     )
@@ -232,7 +232,7 @@ def _over_seeds(a: Result, b: Result) -> tuple[list[int], PValue | None]:
     seeds = sorted(scores[0].keys() & scores[1].keys())
     if len(seeds) < FEW:
         return seeds, None
-    return seeds, statistics.sign_flip(np.array([scores[1][s] - scores[0][s] for s in seeds]))
+    return seeds, stats.sign_flip(np.array([scores[1][s] - scores[0][s] for s in seeds]))
 
 
 def _crossover(a: Result, b: Result, rows: tuple) -> Crossover | None:
@@ -242,7 +242,7 @@ def _crossover(a: Result, b: Result, rows: tuple) -> Crossover | None:
         return None
     curves = [r.curves[row][:, [r.ks.index(k) for k in ks]] for r, row in zip((a, b), rows, strict=True)]
     behind = 0 if curves[0][:, 0].mean() < curves[1][:, 0].mean() else 1
-    found = statistics.crossover_interval(curves[1 - behind], curves[behind], ks)
+    found = stats.crossover_interval(curves[1 - behind], curves[behind], ks)
     return Crossover((a, b)[behind].letter, *found, upto=ks[-1])
 
 
@@ -251,7 +251,7 @@ def _corrected(pairs: Sequence[Pair]) -> list[Pair]:
     out = list(pairs)
     for test, field_name in (("test", "holm"), ("seeds_test", "seeds_holm")):
         tested = [i for i, pair in enumerate(out) if getattr(pair, test)]
-        for i, p in zip(tested, statistics.holm([getattr(out[i], test).p for i in tested]), strict=True):
+        for i, p in zip(tested, stats.holm([getattr(out[i], test).p for i in tested]), strict=True):
             out[i] = replace(out[i], **{field_name: p})
     return out
 
@@ -264,7 +264,7 @@ def _before(results: Sequence[Result]) -> dict[str, tuple[Sequence[int], np.ndar
         if held is None:
             continue
         ks = ks_up_to(held.n)
-        values = statistics.pass_curves(held.right, held.n, ks).mean(axis=0)
+        values = stats.pass_curves(held.right, held.n, ks).mean(axis=0)
         same = next((f for f in found if list(f[1]) == ks and np.allclose(f[2], values)), None)
         if same:
             same[0].append(result.letter)
@@ -292,7 +292,6 @@ def _notes(results: Sequence[Result], pairs: Sequence[Pair]) -> list[str]:
         repeated = [s for s, n in Counter(run.config.get("seed") for run in result.used).items() if n > 1]
         if repeated:
             notes.append(f"{result.letter}: several runs with seed {', '.join(map(str, repeated))}.")
-    fewest = min((len(r.used) for r in results), default=0)
     single = [r.letter for r in results if len(r.used) == 1]
     if single:
         notes.append(
@@ -304,7 +303,7 @@ def _notes(results: Sequence[Result], pairs: Sequence[Pair]) -> list[str]:
             f"{_and_more(few)}: fewer than {FEW} seeds. Their intervals are too narrow (of 3 seeds, 95 % cover about 3 times in 4): "
             "read them as a spread."
         )
-    if pairs and any(pair.test for pair in pairs):
+    if any(pair.test for pair in pairs):
         notes.append(
             "The test over problems asks whether these runs differ on problems like these; other seeds may come out otherwise."
         )
@@ -314,7 +313,14 @@ def _notes(results: Sequence[Result], pairs: Sequence[Pair]) -> list[str]:
             f"Runs have {min(lengths)} to {max(lengths)} steps: each is measured at its own end, and a method's curve ends with its "
             "shortest run."
         )
-    if fewest and any(pair.problems < max(len(r.problems) for r in results) for pair in pairs):
+    without = [r.letter for r in results if not r.problems]
+    if without:
+        notes.append(
+            f"{_and_more(without)}: no samples of an evaluation after training (eval/after.parquet), so no curve of pass@k and no "
+            "test over problems."
+        )
+    asked = {r.letter: len(r.problems) for r in results if r.problems}
+    if any(p.problems < max(asked[p.a], asked[p.b]) for p in pairs if {p.a, p.b} <= asked.keys()):
         notes.append(
             "Not all methods were evaluated on the same held-out problems; pairs are compared on those they share."
         )

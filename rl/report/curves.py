@@ -9,14 +9,14 @@ import numpy as np
 import pandas as pd
 
 from rl.report.reading import Run
-from rl.report.statistics import band
+from rl.report.stats import band
 
 POINTS = 120  # of a curve: more than a chart can show, few enough for many methods on a page
 FIRST = 5  # steps whose mean is where the entropy began
 
 
 class Curve(NamedTuple):
-    """Interquartile mean over ``runs`` runs with its band at each x; see :func:`rl.report.statistics.band`."""
+    """Interquartile mean over ``runs`` runs with its band at each x; see :func:`rl.report.stats.band`."""
 
     x: np.ndarray
     middle: np.ndarray
