@@ -49,7 +49,10 @@ def _curves(results: Sequence[Result], curve: Callable[[Result], Curve | None], 
             if found.runs > 1 and len(results) <= _MOST_BANDS:
                 traces.append(_band(i, found))
             traces.append(_line(i, result.letter, found.x, found.middle))
-    return {"data": traces, "layout": _layout(x, y)}
+    layout = _layout(x, y)
+    if len(results) > COLOURS:
+        layout["hovermode"] = "closest"  # all of them would cover the chart
+    return {"data": traces, "layout": layout}
 
 
 def _line(i: int, letter: str, x: Sequence[float], y: Sequence[float], **more: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ _CHARTS = (
     ("entropy", "Entropy of all tokens", "A curve near 0 has stopped exploring; where it goes while the reward still rises is the method's price."),
     ("consumed", "Reward against entropy consumed", "Further up at the same x: more reward bought with the same entropy. A dot at 0: nothing consumed."),
     ("pass_at", "pass@k on held-out problems", "Where curves cross, the method that was behind solves more problems with k tries. Below the dotted line at large k: problems were lost."),
-    ("seeds", "pass@1, every run a dot", "Intervals that the dots of another method fill say little; see the tests below."),
+    ("seeds", "pass@1, every run a dot", "Methods whose dots mingle are not told apart by these seeds; the tests are below."),
     ("top20", "Entropy of the top 20 % of tokens", "The forking tokens: flat is exploration kept where decisions are made."),
 )  # fmt: skip
 

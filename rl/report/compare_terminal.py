@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rl.report.compared import Cell, Comparison, Pair, Result
+from rl.report.compared import FEW, Cell, Comparison, Pair, Result
 
 WIDEST = 100
 _GAP = 3  # between columns
@@ -153,7 +153,7 @@ def _pairs(comparison: Comparison) -> list[Table]:
             table = _table(title)
             for name in ("", *columns):
                 table.add_column(name, no_wrap=True)
-            for pair in pairs:
+            for pair in filter(known, pairs):
                 table.add_row(f"{pair.b} - {pair.a}", *words(pair))
             tables.append(table)
     return tables
@@ -177,5 +177,5 @@ def seed_words(pair: Pair) -> list[str]:
     """The columns SEEDS of a pair."""
     better, test = pair.improvement, pair.seeds_test
     probability = f"{better.value:.2f} [{better.low:.2f}, {better.high:.2f}]" if better else ""
-    p = f"{p_value(test.p)} (at best {test.smallest:.4f})" if test else ""
+    p = f"{p_value(test.p)} (at best {test.smallest:.4f})" if test else f"needs {FEW} seeds"
     return [probability, str(len(pair.seeds)), p, p_value(pair.seeds_holm)]

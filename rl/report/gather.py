@@ -31,7 +31,7 @@ def gather(targets: Sequence[str]) -> tuple[list[Run], list[str]]:
         runs |= {run.folder: run for run in found if run.folder not in runs}
     begun = [run for run in runs.values() if len(run.metrics) or run.summary]
     if len(begun) < len(runs):
-        notes.append(f"{_count(len(runs) - len(begun), 'run')} without a step left out.")
+        notes.append(f"{_count(len(runs) - len(begun), 'run')} left out: no step yet.")
     if not begun:
         raise ReportError(f"{' '.join(targets)}: no run there has made a step yet. Nothing can be compared.")
     torn = sum(run.torn for run in begun)
