@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rl.errors import ReportError
 from rl.report.reading import Run, read_run
+from rl.wandb_run import Record
 
 _ASIDE = re.compile(r".*\.old-\d+")  # moved there by run.overwrite=true
 _DEEPEST = 3  # runs/, a sweep in it, a run in that
@@ -19,16 +20,17 @@ def gather(targets: Sequence[str]) -> tuple[list[Run], list[str]]:
     Raises:
         ReportError: a target that is not there or has no run in it, a named run that cannot be read, or no run that has begun.
     """
-    runs: dict[Path, Run] = {}
+    runs: dict[str, Run] = {}
     notes: list[str] = []
     for target in targets:
-        found = _fetch(target) if target.startswith("wandb:") else _read(Path(target).expanduser(), notes)
-        twice = sum(run.folder in runs for run in found)
+        read = _fetch(target) if target.startswith("wandb:") else _read(Path(target).expanduser(), notes)
+        found = {_identity(run): run for run in read}
+        twice = len(read) - len(found.keys() - runs.keys())
         if twice:
             notes.append(
                 f"{target}: {twice} of its runs {'was' if twice == 1 else 'were'} named before and counted once."
             )
-        runs |= {run.folder: run for run in found if run.folder not in runs}
+        runs |= {key: run for key, run in found.items() if key not in runs}
     begun = [run for run in runs.values() if len(run.metrics) or run.summary]
     if len(begun) < len(runs):
         notes.append(f"{_count(len(runs) - len(begun), 'run')} left out: no step yet.")
@@ -44,6 +46,17 @@ def _fetch(target: str) -> list[Run]:
     from rl.report.wandb_runs import fetch
 
     return fetch(target)
+
+
+def _identity(run: Run) -> str:
+    """W&B's id of a run where it has one, else its folder: a run read from both, or a copied folder, is one run."""
+    if "wandb" in run.manifest:
+        return run.manifest["wandb"]["id"]
+    try:
+        record = Record.load(run.folder)
+    except (ValueError, TypeError):  # cut off, or of a later entrl
+        record = None
+    return record.id if record else str(run.folder)
 
 
 def _read(folder: Path, notes: list[str]) -> list[Run]:

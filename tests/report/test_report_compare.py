@@ -109,6 +109,21 @@ def test_a_sweep_a_folder_of_sweeps_and_a_run_named_twice(runs, tmp_path, capsys
     assert any("2 of its 8 points have no run folder yet" in note for note in gather([str(runs)])[1])
 
 
+def test_a_run_read_from_its_folder_and_from_wandb_is_one(tmp_path, monkeypatch):
+    import sys
+    import types
+    from dataclasses import replace
+
+    from rl.wandb_run import Record
+
+    folder = write_run(tmp_path / "a")
+    Record(id="abcd1234", project="entrl", entity="lab", name="a").save(folder)
+    there = replace(read_run(folder), folder=tmp_path / "wandb:lab", manifest={"wandb": {"id": "abcd1234"}})
+    monkeypatch.setitem(sys.modules, "rl.report.wandb_runs", types.SimpleNamespace(fetch=lambda spec: [there]))
+    found, notes = gather([str(folder), "wandb:lab/entrl"])
+    assert [run.folder for run in found] == [folder] and any("counted once" in note for note in notes)
+
+
 def test_a_run_that_cannot_be_read_is_left_out_of_a_folder_and_an_error_by_name(runs):
     (runs / "with_s1" / "config.yaml").write_text("a: [")
     found, notes = gather([str(runs)])
