@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from rich import box
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -21,8 +22,14 @@ _PAIRS = 10  # beyond, those with the first method
 def show(comparison: Comparison, console: Console | None = None) -> None:
     """Print methods, what differs, the measures with intervals, the pairs and the notes."""
     console = console or _console()
-    tables = [_methods(comparison), _settings(comparison), *_measures(comparison, console.width)]
-    for table in filter(None, [*tables, *_pairs(comparison)]):
+    words = [table for table in (_methods(comparison), _settings(comparison)) if table]
+    numbers = [*_measures(comparison, console.width), *_pairs(comparison)]
+    for table in words:
+        console.print(table)
+        console.print()
+    wide = [Measurement.get(console, console.options.update(max_width=10_000), table).maximum for table in numbers]
+    console.width = max(console.width, *wide)  # a number that is cut off is worse than a line that the terminal wraps
+    for table in numbers:
         console.print(table)
         console.print()
     for note in comparison.notes:

@@ -5,11 +5,12 @@ import json
 import re
 
 import pytest
+from rich.console import Console
 
 from rl.cli import main
 from rl.errors import ReportError
 from rl.report.compare import as_csv, show_comparison
-from rl.report.compare_terminal import WIDEST
+from rl.report.compare_terminal import WIDEST, show
 from rl.report.compared import compare, letter
 from rl.report.gather import gather
 from rl.report.reading import read_run
@@ -172,6 +173,12 @@ def test_many_methods_wrap_and_are_tested_against_the_first(tmp_path, capsys):
     found = json.loads((tmp_path / "it.json").read_text())
     assert {pair["a"] for pair in found["pairs"]} == {"A"} and len(found["pairs"]) == 11
     assert [letter(i) for i in (0, 25, 26, 51, 52)] == ["A", "Z", "AA", "AZ", "BA"]
+
+
+def test_numbers_stay_whole_on_a_narrow_terminal(runs, capsys):
+    show(compare(gather([str(runs)])[0]), Console(width=40, highlight=False))
+    shown = capsys.readouterr().out
+    assert re.search(r"\+0\.156 \[\+0\.\d{3}, \+0\.\d{3}\] +0\.\d{4} +0\.\d{4} ", shown) and "…" not in shown
 
 
 def test_several_sets_are_tasks(tmp_path):

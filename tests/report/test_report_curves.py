@@ -30,6 +30,14 @@ def test_entropy_that_rises_is_not_consumed(run):
     assert curve.x[-1] < 0.2 and curve.middle[-1] == pytest.approx(0.6)
 
 
+def test_a_budget_ends_where_the_next_step_would_exceed_it(run):
+    entropy, reward = [1, 1, 1, 1, 1, 0.9, 0.8, 0.7], [1, 2, 3, 4, 5, 6, 7, 8]
+    steps = run(steps=8, entropy=lambda t: entropy[round(7 * t)], reward=lambda t: reward[round(7 * t)])
+    curve = curves.against_consumed([steps], "reward/mean", 1)
+    assert curve.middle[0] == 5 and curve.middle[-1] == 8
+    assert set(curve.middle[(curve.x > 0.101) & (curve.x < 0.199)]) == {6}
+
+
 def test_reward_at_a_budget_is_that_of_the_last_step_within_it(run):
     # entropy falls evenly by 0.3, reward rises evenly by 0.3: the same budget buys the same reward however fast it is spent
     line = curves.against_consumed([run(steps=400)], "reward/mean", 1)
