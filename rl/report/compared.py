@@ -242,7 +242,7 @@ def _crossover(a: Result, b: Result, rows: tuple) -> Crossover | None:
         return None
     curves = [r.curves[row][:, [r.ks.index(k) for k in ks]] for r, row in zip((a, b), rows, strict=True)]
     behind = 0 if curves[0][:, 0].mean() < curves[1][:, 0].mean() else 1
-    found = stats.crossover_interval(curves[1 - behind], curves[behind], ks)
+    found = stats.crossover(curves[1 - behind], curves[behind], ks)
     return Crossover((a, b)[behind].letter, *found, upto=ks[-1])
 
 

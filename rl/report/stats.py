@@ -169,18 +169,11 @@ def pass_curves(right: np.ndarray, n: int, ks: Sequence[int]) -> np.ndarray:
     return table[np.asarray(right, dtype=int)]
 
 
-def crossover(a: np.ndarray, b: np.ndarray, ks: Sequence[int]) -> float:
-    """The first k at which b's curve overtakes a's, interpolated between the ks.
+def crossover(a: np.ndarray, b: np.ndarray, ks: Sequence[int]) -> Interval:
+    """The first k at which b's mean curve overtakes a's, linear between the ks; curves are (problems, ks).
 
-    ks[0] where b leads from the start, infinity where it never does. Two curves that are equal at every k do not cross.
-    """
-    return float(_crossings(np.asarray(b - a, dtype=float)[None], np.asarray(ks, dtype=float))[0])
-
-
-def crossover_interval(a: np.ndarray, b: np.ndarray, ks: Sequence[int]) -> Interval:
-    """:func:`crossover` of per-problem curves (problems, ks), and its percentile bootstrap over problems.
-
-    An end of the interval is infinity where b did not overtake a in that many resamples.
+    ks[0] where b leads from the start, infinity where it never does, as where both are equal at every k. Interval: percentile
+    bootstrap over problems; an end of the interval is infinity where b did not overtake a in that many resamples.
     """
     difference = np.asarray(b - a, dtype=float)
     ks = np.asarray(ks, dtype=float)
