@@ -50,11 +50,11 @@ def run_eval(target: str | None, cfg: DictConfig, out: str | None, overrides: Se
         if out
         else Path(target) / "eval"
         if is_run
-        else Path(cfg.run.dir) / f"eval_{_plain(target or cfg.model.path)}"
+        else Path(cfg.run.dir) / f"eval_{plain_name(target or cfg.model.path)}"
     )
     if cfg.eval.engine != "native":
         return _elsewhere(cfg, path, folder, overrides)
-    tokenizer = build.tokenizer(_with_tokenizer(path), cfg.model)
+    tokenizer = build.tokenizer(with_tokenizer(path), cfg.model)
     build.decoding(cfg)
     sets = limited(problem_sets(cfg, tokenizer), cfg.eval.limit)
     for name, problems in sets.items():
@@ -65,7 +65,7 @@ def run_eval(target: str | None, cfg: DictConfig, out: str | None, overrides: Se
         return {}
     model = build.language_model(path, cfg.model)
     ending = f"t{cfg.eval.temperature:g}_n{cfg.eval.samples}"
-    names = {name: f"{_plain(name)}_{ending}" for name in sets}
+    names = {name: f"{plain_name(name)}_{ending}" for name in sets}
     found = evaluate_sets(cfg, sets, folder, names, model, tokenizer, path)
     metrics = {name: evaluation.metrics for name, evaluation in found.items()}
     show_sets(metrics, {n: len(p.heldout) for n, p in sets.items()}, target or cfg.model.path)
@@ -175,20 +175,20 @@ def _elsewhere(cfg: DictConfig, path: str, folder: Path, overrides: Sequence[str
         return {}
     metrics = harness.run(e.engine, job)
     show_tasks(metrics, f"{path}, by {e.engine}")
-    written = folder / f"{e.engine}_{_plain('_'.join(job.tasks))[:80]}.json"
+    written = folder / f"{e.engine}_{plain_name('_'.join(job.tasks))[:80]}.json"
     rundir.write_json(written, metrics)
     print(f"metrics: {written}; what the harness wrote: {job.output}")
     return {e.engine: metrics}
 
 
-def _with_tokenizer(path: str) -> str:
+def with_tokenizer(path: str) -> str:
     """Where the tokenizer of a model is: adapters that were saved without one have that of their base model."""
     base = base_of_adapters(path)
     return path if base is None or (Path(path) / "tokenizer_config.json").is_file() else base
 
 
-def _plain(name: str) -> str:
-    """A name for a file."""
+def plain_name(name: str) -> str:
+    """A name for a file, without a path in it."""
     return "".join(c if c.isalnum() or c in "-._" else "_" for c in name).strip("_.")
 
 

@@ -101,6 +101,7 @@ class Study:
     """A completion with its forks, in the order of the text.
 
     Attributes:
+        tokens: their texts, which together are that of the completion, its end included. entropy: of each, nats.
         measure: what counts as success: "correct" (a grader says so), "majority" (the most frequent answer of the samples of
             the prompt, which is ``majority``), or "unknown".
         start: V(prompt), from completions of their own.
@@ -143,9 +144,9 @@ class Options:
                 )
 
 
-def check_decoding(decoding: Decoding) -> None:
+def check_temperature(temperature: float) -> None:
     """Raise ConfigError for greedy decoding, under which all continuations are the same."""
-    if decoding.temperature == 0:
+    if temperature == 0:
         raise ConfigError(
             "eval.temperature=0 is greedy: every continuation would be the same, and no other word has a probability. "
             "Raise eval.temperature; forks.completion=greedy looks at the greedy completion."
@@ -186,7 +187,7 @@ def study(
     Raises:
         ConfigError: a prompt or a completion without tokens, more branches than words, or a decoding that leaves no choice.
     """
-    check_decoding(decoding)
+    check_temperature(decoding.temperature)
     check_prompt(prompt)
     ends = set(end_ids(model, tokenizer))
     if completion[0] in ends:
@@ -217,7 +218,7 @@ def study(
         measured = {"entropy": entropy[at], "logp": float(looked.logp[0, at]), "rank": int(looked.rank[0, at])}
         forks.append(_fork(at, measured, branches))
     return Study(
-        tokens=[tokenizer.decode([i]) for i in completion],
+        tokens=_pieces(tokenizer, completion),
         entropy=entropy,
         completion=texts[0],
         right=verdict.right[0],
@@ -366,6 +367,17 @@ def _fork(at: int, measured: dict, branches: list[Branch]) -> Fork:
         spread=max(words) - min(words),
         branches=[replace(b, gain=gain) for b, gain in zip(branches, gains, strict=True)],
     )
+
+
+def _pieces(tokenizer, ids: list[int]) -> list[str]:
+    """The text of each token as it stands in the text, the space before it included."""
+    pieces = []
+    for i in range(len(ids)):
+        start = max(0, i - 8)  # as far as a character of several tokens reaches
+        before = tokenizer.decode(ids[start:i])
+        whole = tokenizer.decode(ids[start : i + 1])
+        pieces.append(whole[len(before) :] if whole.startswith(before) else tokenizer.decode([ids[i]]))
+    return pieces
 
 
 def _estimate(right: Sequence[bool | None], exact: bool = False) -> Estimate:
