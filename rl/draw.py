@@ -146,7 +146,7 @@ def draw(
     batches, ends = plan([len(p) for p in prompts], decoding.batch_size, samples), end_ids(model, tokenizer)
     frames: dict[int, pd.DataFrame] = {}
     fresh, tokens, world = 0, 0, world_size()
-    with _undisturbed(model):
+    with undisturbed(model):
         for number in range(rank(), len(batches), world):
             if stop():
                 break
@@ -181,7 +181,8 @@ def _batch_seed(seed: int, number: int) -> int:
 
 
 @contextmanager
-def _undisturbed(model: PreTrainedModel) -> Iterator[None]:
+def undisturbed(model: PreTrainedModel) -> Iterator[None]:
+    """Draw and score within it: the model's mode, its generation defaults and torch's random state are then as they were."""
     training = model.training
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     defaults = base.generation_config
@@ -209,7 +210,7 @@ def next_words(
     if decoding.temperature == 0:
         raise ValueError("temperature 0 draws from no distribution")
     rows = []
-    with _undisturbed(model):
+    with undisturbed(model):
         for start in range(0, len(prefixes), decoding.batch_size):
             ids, attention = _padded(prefixes[start : start + decoding.batch_size], tokenizer.pad_token_id)
             config = GenerationConfig(
@@ -260,10 +261,10 @@ def _draw_batch(model, tokenizer, prompts, batch: _Batch, decoding: Decoding, en
             "problem": np.repeat(batch.problems, each),
             "sample": list(batch.numbers) * len(chosen),
             "completion": texts,
-            "token_ids": [row[m].tolist() for row, m in zip(new, valid, strict=True)],
             "tokens": valid.sum(-1).tolist(),
             "truncated": (ended[:, -1] == 0).tolist(),
             "mean_entropy": [float(h[m].mean()) for h, m in zip(entropy, valid, strict=True)],
+            "token_ids": [row[m].cpu().numpy() for row, m in zip(new, valid, strict=True)],
             "token_entropy": [h[m].float().cpu().numpy() for h, m in zip(entropy, valid, strict=True)],
         }
     )

@@ -44,14 +44,7 @@ def run_eval(target: str | None, cfg: DictConfig, out: str | None, overrides: Se
     build.use_threads(cfg.engine.threads)
     build.check_seed("eval.seed", cfg.eval.seed)
     path = find_model(target or cfg.model.path)
-    is_run = target is not None and (Path(target) / "manifest.json").is_file()
-    folder = (
-        Path(out)
-        if out
-        else Path(target) / "eval"
-        if is_run
-        else Path(cfg.run.dir) / f"eval_{plain_name(target or cfg.model.path)}"
-    )
+    folder = Path(out) if out else eval_folder(target or cfg.model.path, cfg)
     if cfg.eval.engine != "native":
         return _elsewhere(cfg, path, folder, overrides)
     tokenizer = build.tokenizer(with_tokenizer(path), cfg.model)
@@ -64,8 +57,7 @@ def run_eval(target: str | None, cfg: DictConfig, out: str | None, overrides: Se
         print("dry run: everything is in order, nothing was sampled or written.")
         return {}
     model = build.language_model(path, cfg.model)
-    ending = f"t{cfg.eval.temperature:g}_n{cfg.eval.samples}"
-    names = {name: f"{plain_name(name)}_{ending}" for name in sets}
+    names = sample_names(sets, cfg)
     found = evaluate_sets(cfg, sets, folder, names, model, tokenizer, path)
     metrics = {name: evaluation.metrics for name, evaluation in found.items()}
     show_sets(metrics, {n: len(p.heldout) for n, p in sets.items()}, target or cfg.model.path)
@@ -73,6 +65,17 @@ def run_eval(target: str | None, cfg: DictConfig, out: str | None, overrides: Se
         rundir.write_json(folder / f"{names[name]}.json", metrics[name])
         print(f"samples and metrics: {folder / names[name]}.parquet and .json")
     return metrics
+
+
+def eval_folder(target: str, cfg: DictConfig) -> Path:
+    """Where evaluations of a run folder or a model are kept, if nothing else is said."""
+    is_run = (Path(target) / "manifest.json").is_file()
+    return Path(target) / "eval" if is_run else Path(cfg.run.dir) / f"eval_{plain_name(target)}"
+
+
+def sample_names(sets: Mapping[str, Problems], cfg: DictConfig) -> dict[str, str]:
+    """The names under which samples of each set are kept."""
+    return {name: f"{plain_name(name)}_t{cfg.eval.temperature:g}_n{cfg.eval.samples}" for name in sets}
 
 
 def evaluate_sets(
@@ -188,7 +191,7 @@ def with_tokenizer(path: str) -> str:
 
 
 def plain_name(name: str) -> str:
-    """A name for a file, without a path in it."""
+    """A name for a file."""
     return "".join(c if c.isalnum() or c in "-._" else "_" for c in name).strip("_.")
 
 

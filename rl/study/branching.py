@@ -158,7 +158,7 @@ def draw_completion(
 ) -> list[int]:
     """The token ids of one completion, its end included."""
     check_prompt(prompt)
-    return list(draw(model, tokenizer, [prompt], decoding, 1, _stream(seed, _COMPLETION))["token_ids"][0])
+    return draw(model, tokenizer, [prompt], decoding, 1, _stream(seed, _COMPLETION))["token_ids"][0].tolist()
 
 
 def check_prompt(prompt: list[int]) -> None:
@@ -306,7 +306,7 @@ def _draw(model, tokenizer, prompt, arms: Sequence[_Arm], decoding, options: Opt
     drawn = draw(model, tokenizer, prefixes, longest, 1, _stream(options.seed, _CONTINUATIONS), progress=progress)
     for i, ids in zip(going, drawn["token_ids"], strict=True):
         prefix, limit = flat[i]
-        cut = list(ids[:limit])
+        cut = ids[:limit].tolist()
         tails[i] = _Tail(prefix + cut, cut[-1] not in ends)
     left = iter(tails)
     return [[next(left) for _ in arm.prefixes] for arm in arms]

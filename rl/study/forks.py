@@ -94,8 +94,11 @@ def config_for(target: str, overrides: Sequence[str], config_dir: str | None) ->
     lengths and options that suit the embedded one."""
     named = {o.lstrip("+~").split("=")[0] for o in overrides}
     own = (Path(target) / "config.yaml").is_file() or target.startswith("builtin:")
-    model = [] if own or "model" in named else ["model=local", f"model.path='{target}'"]
-    return eval_config(target, compose([*model, *overrides], config_dir), overrides)
+    if own or "model" in named:
+        return eval_config(target, compose(overrides, config_dir), overrides)
+    cfg = compose(["model=local", "model.path=null", *overrides], config_dir)
+    cfg.model.path = target  # not by an override, in which quotes would have a meaning
+    return eval_config(target, cfg, overrides)
 
 
 def find_question(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, text: str | None) -> Question:

@@ -13,12 +13,14 @@
   tokens.forEach((token, i) => {
     const shade = `background: color-mix(in srgb, var(--c2) ${Math.round(60 * entropy[i] / most)}%, transparent)`;
     const title = `${entropy[i].toFixed(2)} nats`;
-    if (!byPlace.has(i)) { completion.append(el("span", {class: "t", style: shade, title}, token)); return; }
-    const number = byPlace.get(i), lead = token.length - token.trimStart().length;
-    const button = el("button", {type: "button", style: shade, title, "aria-pressed": "false", "aria-label": `fork ${number + 1}, ${token.trim() || "space"}, ${title}`}, token.slice(lead) || token, el("sup", {}, String(number + 1)));
+    const lead = token.trim() ? token.length - token.trimStart().length : 0;  // the space before a word is no part of its colour
+    completion.append(token.slice(0, lead));
+    if (!byPlace.has(i)) { completion.append(el("span", {class: "t", style: shade, title}, token.slice(lead))); return; }
+    const number = byPlace.get(i);
+    const button = el("button", {type: "button", style: shade, title, "aria-pressed": "false", "aria-label": `fork ${number + 1}, ${token.trim() || "space"}, ${title}`}, token.slice(lead), el("sup", {}, String(number + 1)));
     button.addEventListener("click", () => choose(number));
     buttons.push(button);
-    completion.append(lead < token.length ? token.slice(0, lead) : "", button);
+    completion.append(button);
   });
   completion.addEventListener("keydown", event => {
     const by = {ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1}[event.key];
@@ -65,8 +67,8 @@
       el("span", {class: "value"}, interval_bar(b.value, fork.value.value)),
       el("span", {class: "num"}, b.over ? `${two(b.value.value)}, ends here` : interval(b.value)),
       el("span", {class: "num " + sign}, interval(b.gain, true)));
-    const answers = b.answers.filter(a => a[0] !== null).map(a => `${a[0]} (${a[1]})`).join(" · ");
-    const about = el("p", {class: "muted"}, `${counted}; ${b.distinct} different answer${b.distinct === 1 ? "" : "s"}${answers ? ", most often " + answers : ""}${b.truncated ? `; ${b.truncated} truncated` : ""}`);
+    const answers = b.answers.filter(a => a[0] !== null).flatMap(a => [" ", el("code", {}, a[0]), ` (${a[1]})`]);
+    const about = el("p", {class: "muted"}, `${counted}${b.truncated ? `; ${b.truncated} truncated` : ""}; ${b.distinct} different answer${b.distinct === 1 ? "" : "s"}`, ...(answers.length ? [", most often", ...answers] : []));
     return el("details", {class: "branch"}, summary, el("div", {class: "examples"}, about, el("ul", {}, ...b.examples.map(example))));
   }
 
