@@ -160,6 +160,7 @@ def test_the_taken_word_is_among_the_branches_however_unlikely(model, tokenizer)
 
 def test_the_value_is_the_mean_of_the_branches_and_gains_cancel(model, tokenizer):
     _, _, found = studied(model, tokenizer, rows(3, 3)[2], Decoding(14), Options(tokens=3, samples=16))
+    assert not any(b.over for f in found.forks for b in f.branches)
     for fork in found.forks:
         total = sum(b.prob for b in fork.branches)
         assert fork.value.value == pytest.approx(sum(b.prob * b.value.value for b in fork.branches) / total)
@@ -167,7 +168,9 @@ def test_the_value_is_the_mean_of_the_branches_and_gains_cancel(model, tokenizer
         shown = [b.value.value for b in fork.branches if b.token is not None]
         assert fork.spread == max(shown) - min(shown)
         assert all(b.gain.low <= b.gain.value <= b.gain.high for b in fork.branches)
-        assert all(b.right == sum(s.right for s in b.samples) and b.n == len(b.samples) for b in fork.branches)
+        for b in fork.branches:
+            assert b.right == sum(s.right for s in b.samples) and b.n == len(b.samples) == 16
+            assert (b.value.low, b.value.high) == wilson_interval(b.right, 16) and b.value.value == b.right / 16
 
 
 def test_a_word_that_ends_the_completion_has_an_exact_value(model, tokenizer):
