@@ -128,7 +128,8 @@ def draw(
     progress: Callable[[Drawn], None] | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> pd.DataFrame | None:
-    """``samples`` completions of every prompt (token ids): one row each, ordered by problem and sample.
+    """``samples`` completions of every prompt (token ids): one row each, ordered by problem and sample; ``token_ids`` go up to and
+    including the end of text.
 
     Several ranks share the batches, and ``store`` is where the first one finds the others'; the others get None.
 
@@ -197,14 +198,50 @@ def undisturbed(model: PreTrainedModel) -> Iterator[None]:
         model.train(training)
 
 
-def _draw_batch(model, tokenizer, prompts, batch: _Batch, decoding: Decoding, ends: list[int]) -> pd.DataFrame:
-    chosen, each = [prompts[i] for i in batch.problems], len(batch.numbers)
-    width, pad = max(map(len, chosen)), tokenizer.pad_token_id
-    ids = torch.full((len(chosen), width), pad)
+def next_words(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prefixes: Sequence[list[int]], decoding: Decoding
+) -> torch.Tensor:
+    """(prefixes, vocabulary) probabilities from which :func:`draw` takes the next token, in fp32 on the CPU: at the temperature,
+    0 for what top_p and the like leave out.
+
+    Raises:
+        ValueError: a temperature of 0, which takes from none.
+    """
+    if decoding.temperature == 0:
+        raise ValueError("temperature 0 draws from no distribution")
+    rows = []
+    with undisturbed(model):
+        for start in range(0, len(prefixes), decoding.batch_size):
+            ids, attention = _padded(prefixes[start : start + decoding.batch_size], tokenizer.pad_token_id)
+            config = GenerationConfig(
+                max_new_tokens=1,
+                pad_token_id=tokenizer.pad_token_id,
+                output_scores=True,
+                return_dict_in_generate=True,
+                **decoding.options(),
+            )
+            out = model.generate(
+                input_ids=ids.to(model.device), attention_mask=attention.to(model.device), generation_config=config
+            )
+            rows.append(out.scores[0].float().softmax(-1).cpu())
+    return torch.cat(rows)
+
+
+def _padded(prompts: Sequence[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask, padded on the left."""
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width), pad)
     attention = torch.zeros_like(ids)
-    for row, prompt in enumerate(chosen):
+    for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         attention[row, width - len(prompt) :] = 1
+    return ids, attention
+
+
+def _draw_batch(model, tokenizer, prompts, batch: _Batch, decoding: Decoding, ends: list[int]) -> pd.DataFrame:
+    chosen, each, pad = [prompts[i] for i in batch.problems], len(batch.numbers), tokenizer.pad_token_id
+    ids, attention = _padded(chosen, pad)
+    width = ids.shape[1]
     ids, attention = (x.repeat_interleave(each, 0).to(model.device) for x in (ids, attention))
     config = GenerationConfig(
         max_new_tokens=decoding.max_new_tokens, pad_token_id=pad, eos_token_id=ends or None, **decoding.options()

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+_Z95 = 1.959963984540054  # the normal distribution's 97.5 % quantile
+
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
     """Unbiased probability that one of k of n samples is right: ``1 - C(n - c, k) / C(n, k)``.
@@ -73,3 +75,32 @@ def bootstrap_interval(
     low, high = 0.0 if not values.any() else low, 1.0 if (values == 1).all() else high
     # values that almost agree and almost reach 0 or 1 are pulled past their own mean
     return float(min(low, values.mean())), float(max(high, values.mean()))
+
+
+def wilson_interval(correct: int, n: int) -> tuple[float, float]:
+    """95 % interval of a rate of which n independent samples gave ``correct`` (Wilson 1927); an end is 0 or 1 where all agree.
+
+    Raises:
+        ValueError: no sample, or correct outside 0..n.
+    """
+    if n < 1 or not 0 <= correct <= n:
+        raise ValueError(f"{correct} correct of {n} samples. Expected 0 <= correct <= samples, of at least one.")
+    rate, z2 = correct / n, _Z95**2
+    centre = (rate + z2 / (2 * n)) / (1 + z2 / n)
+    half = _Z95 / (1 + z2 / n) * np.sqrt(rate * (1 - rate) / n + z2 / (4 * n * n))
+    return (0.0 if correct == 0 else float(centre - half)), (1.0 if correct == n else float(centre + half))
+
+
+def combined_interval(
+    weights: Sequence[float], rates: Sequence[float], lows: Sequence[float], highs: Sequence[float]
+) -> tuple[float, float]:
+    """95 % interval of ``sum(weights * rates)`` from those of independent rates; weights may be negative.
+
+    Method of variance estimates recovery (Zou and Donner 2008): each rate contributes the distance to the end of its own
+    interval that moves the sum the same way, and the distances add up as standard errors do.
+    """
+    w, rate, low, high = (np.asarray(x, dtype=float) for x in (weights, rates, lows, highs))
+    total = w @ rate
+    down = np.where(w > 0, rate - low, high - rate) * w
+    up = np.where(w > 0, high - rate, rate - low) * w
+    return float(total - np.sqrt((down**2).sum())), float(total + np.sqrt((up**2).sum()))

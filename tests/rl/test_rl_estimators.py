@@ -5,7 +5,7 @@ from math import comb
 import numpy as np
 import pytest
 
-from rl.estimators import bootstrap_interval, maj_at_k, pass_at_k, vote
+from rl.estimators import bootstrap_interval, combined_interval, maj_at_k, pass_at_k, vote, wilson_interval
 
 
 @pytest.mark.parametrize("n", range(1, 8))
@@ -141,3 +141,31 @@ def test_extremes_are_one_sided_and_not_empty():
         assert low <= np.mean(values) <= high  # nearer to an end than the interval reaches by itself
     low, high = bootstrap_interval([0.5], seed=0)
     assert 0 < low < 0.5 < high < 1
+
+
+def test_wilsons_interval_is_where_the_rate_would_just_not_be_rejected():
+    for correct, n in ((1, 10), (5, 10), (28, 32), (3, 400)):
+        for end in wilson_interval(correct, n):
+            assert abs(correct / n - end) == pytest.approx(1.959964 * (end * (1 - end) / n) ** 0.5, rel=1e-5)
+    assert wilson_interval(0, 10) == (0.0, pytest.approx(0.27753, abs=1e-5))
+    assert wilson_interval(10, 10) == (pytest.approx(0.72247, abs=1e-5), 1.0)
+    for correct, n in ((1, 0), (-1, 5), (6, 5)):
+        with pytest.raises(ValueError, match="Expected"):
+            wilson_interval(correct, n)
+
+
+def test_a_difference_of_rates_has_newcombes_interval():
+    (l1, u1), (l2, u2) = wilson_interval(56, 70), wilson_interval(48, 80)
+    # Newcombe (1998), table II, method 10, first example
+    assert combined_interval([1, -1], [0.8, 0.6], [l1, l2], [u1, u2]) == pytest.approx((0.0524, 0.3339), abs=1e-4)
+    assert combined_interval([1.0], [0.8], [l1], [u1]) == pytest.approx((l1, u1))
+
+
+def test_a_mean_of_rates_is_covered_at_its_rate():
+    rng, weights, rates, n = np.random.default_rng(0), np.array([0.7, 0.25, 0.05]), np.array([0.5, 0.1, 0.02]), 32
+    covered = 0
+    for counts in rng.binomial(n, rates, (2000, 3)):
+        low, high = zip(*(wilson_interval(int(c), n) for c in counts), strict=True)
+        ends = combined_interval(weights, counts / n, low, high)
+        covered += ends[0] <= weights @ rates <= ends[1]
+    assert 0.93 < covered / 2000 < 0.98
