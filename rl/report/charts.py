@@ -27,7 +27,8 @@ class Chart:
 
     Attributes:
         look: one line that says what to look for. figure: Plotly's {"data", "layout"}, None where the run lacks the series; then
-            ``missing`` says why. series: the columns that it shows. wide: over the whole width.
+            ``missing`` says why. series: the columns that it shows. wide: over the whole width. over_steps: whether the x axis is the
+            step. note: a sentence on what this run's numbers say.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Chart:
     missing: str = ""
     series: Sequence[str] = ()
     wide: bool = False
+    over_steps: bool = True
     note: str = ""
 
 
@@ -172,7 +174,9 @@ def heat_map(histogram: HistogramSeries) -> dict[str, Any] | None:
     if edges[0] <= 0 and len(edges) > 2:
         edges[0] = edges[1] ** 2 / edges[2]
     shares = 100 * short.counts[:, :top] / np.maximum(short.counts.sum(1, keepdims=True), 1)
-    limit = float(np.quantile(shares[:, 1:], 0.995)) if top > 1 else 0.0  # the bin at 0 would leave no colour to the others
+    limit = (
+        float(np.quantile(shares[:, 1:], 0.995)) if top > 1 else 0.0
+    )  # the bin at 0 would leave no colour to the others
     return {
         "data": [
             {
