@@ -6,7 +6,7 @@ The page's ``steps.js`` smooths the lines, marks one step in every chart, and wr
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -40,24 +40,6 @@ class Chart:
     wide: bool = False
     over_steps: bool = True
     note: str = ""
-
-
-@dataclass(frozen=True)
-class Axis:
-    """What an axis says, and from where to where it goes."""
-
-    title: str = ""
-    range: Sequence[float] | None = None
-    log: bool = False
-    extra: Mapping[str, Any] = field(default_factory=dict)
-
-    def layout(self) -> dict[str, Any]:
-        made: dict[str, Any] = {"title": {"text": self.title}, **self.extra}
-        if self.log:
-            made["type"] = "log"
-        if self.range is not None:
-            made["range"] = list(self.range)
-        return made
 
 
 def finite(frame: pd.DataFrame, column: str) -> pd.Series:
@@ -101,13 +83,15 @@ def line(series: pd.Series, label: str, colour: str, smooth: bool = True, **more
     }
 
 
-def over_steps(traces: Sequence[Mapping[str, Any]], y: Axis | None = None, **layout: Any) -> dict[str, Any]:
-    """A figure whose x axis is the step."""
-    axis = (y or Axis()).layout()
-    return {"data": list(traces), "layout": {"xaxis": {"title": {"text": "step"}}, "yaxis": axis, **layout}}
+def over_steps(
+    traces: Sequence[Mapping[str, Any]], y: Mapping[str, Any] | None = None, **layout: Any
+) -> dict[str, Any]:
+    """A figure whose x axis is the step, and whose legend steps.js writes. Args: y: of Plotly's yaxis."""
+    axes = {"xaxis": {"title": {"text": "step"}}, "yaxis": dict(y or {})}
+    return {"data": list(traces), "layout": {**axes, "showlegend": False, **layout}}
 
 
-def lines(frame: pd.DataFrame, labels: Mapping[str, str], y: Axis | None = None) -> dict[str, Any] | None:
+def lines(frame: pd.DataFrame, labels: Mapping[str, str], y: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
     """A figure of the columns that have a value, under their labels; None where none has."""
     found = {column: finite(frame, column) for column in labels}
     traces = [
@@ -155,11 +139,9 @@ def add_up(histogram: HistogramSeries, at_most: int = MAX_COLUMNS) -> HistogramS
     bins, width = bin_of_steps(histogram.steps, at_most)
     if width == 1:
         return histogram
-    kept, starts = np.unique(bins, return_index=True)
-    counts = np.add.reduceat(histogram.counts, starts, axis=0)
+    starts = np.unique(bins, return_index=True)[1]
     last = np.append(starts[1:], len(bins)) - 1
-    assert len(kept) == len(counts)
-    return HistogramSeries(histogram.steps[last], counts, histogram.edges)
+    return HistogramSeries(histogram.steps[last], np.add.reduceat(histogram.counts, starts, axis=0), histogram.edges)
 
 
 def heat_map(histogram: HistogramSeries) -> dict[str, Any] | None:

@@ -21,7 +21,7 @@ def pass_at_k(name: str, evaluated: Mapping[str, Mapping[str, Measured]]) -> Cha
             "tickvals": _ks(traces),
             "ticktext": _ks(traces),
         },
-        "yaxis": {"title": {"text": "pass@k"}, "tickformat": ".0%"},
+        "yaxis": {"title": {"text": "pass@k"}, "tickformat": ".2~%"},
     }
     return Chart(
         name=f"pass_{name}",

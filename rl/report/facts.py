@@ -46,8 +46,12 @@ class Measured:
     low: float | None = None
     high: float | None = None
 
+    @property
+    def interval(self) -> str:
+        return "" if self.low is None or self.high is None else f"{self.low:.2f} to {self.high:.2f}"
+
     def __str__(self) -> str:
-        return f"{self.value:.3f}" + (f" ({self.low:.2f} to {self.high:.2f})" if self.low is not None else "")
+        return f"{self.value:.3f}" + (f" ({self.interval})" if self.interval else "")
 
 
 def visible(text: object, at_most: int = _TOO_LONG) -> str:
@@ -126,9 +130,12 @@ def tiles(run: Run) -> list[Tile]:
         before, after = evaluated.get("before", {}), evaluated.get("after", {})
         ks = sorted(int(name[5:]) for name in {**before, **after} if name.startswith("pass@") and name[5:].isdigit())
         for name in dict.fromkeys(f"pass@{k}" for k in (*ks[:1], *ks[-1:])):
-            a, b = before.get(name), after.get(name)
-            small = "held-out, 95 % interval" if all(x is None or x.low is not None for x in (a, b)) else "held-out"
-            found.append(Tile(name, str(a or ""), str(b or ""), small))
+            both = [m for m in (before.get(name), after.get(name)) if m is not None]
+            words = [f"{m.value:.3f}" for m in both]
+            small = " → ".join(m.interval for m in both if m.interval)
+            found.append(
+                Tile(name, words[0] if len(words) > 1 else "", words[-1], f"95 % interval {small}" if small else "")
+            )
     found.append(_first_and_last(run.metrics, "entropy/mean", "entropy"))
     found.append(_first_and_last(run.metrics, "rollout/len", "length", digits=1))
     seconds = _number(setting(run.summary, "seconds.total")) or finite(run.metrics, "time/step").sum()

@@ -13,7 +13,6 @@ import pandas as pd
 from rl.report import ledger
 from rl.report.charts import (
     COLOURS,
-    Axis,
     Chart,
     finite,
     heat_map,
@@ -167,7 +166,7 @@ def _ribbon(run: Run) -> Chart:
 
 def _heat(run: Run) -> Chart:
     histogram = run.histograms.get("entropy/hist")
-    look = "Every token of every step, log scale. Two bands: certain and forking tokens. Watch the upper one fade, sink or hold."
+    look = "Every token of every step, log scale. The bottom row is certain tokens, the band at the top forks. Watch the band fade, sink or hold."
     figure = heat_map(histogram) if histogram is not None else None
     return Chart("entropy_map", "Where the tokens are", look, figure, "the run logged no entropy/hist", wide=True)
 
@@ -236,6 +235,8 @@ def _ledger(frame: pd.DataFrame) -> Chart:
             "title": {"text": "predicted"},
             "showgrid": False,
             "exponentformat": "power",
+            "tickmode": "auto",
+            "nticks": 5,
         }
     }
     traces = [
@@ -246,7 +247,8 @@ def _ledger(frame: pd.DataFrame) -> Chart:
         "ledger",
         title,
         look,
-        over_steps(traces, Axis("nats"), **layout),
+        over_steps(traces, {"title": {"text": "nats"}}, **layout),
         series=series,
+        wide=True,
         note=ledger.in_words(ledger.judge(frame)),
     )

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
-from rl.report.charts import Axis
-
-FREE = Axis()
-FROM_0 = Axis(extra={"rangemode": "tozero"})
-SHARE = Axis(extra={"rangemode": "tozero", "tickformat": ".0%"})
-NATS = Axis("nats", extra={"rangemode": "tozero"})
-
+Axis = Mapping[str, Any]  # of Plotly
+FREE: Axis = {}
+FROM_0: Axis = {"rangemode": "tozero"}
+SHARE: Axis = {"rangemode": "tozero", "tickformat": ".2~%"}
+NATS: Axis = {"rangemode": "tozero", "title": {"text": "nats"}}
 
 # What is plainly a line or some: name, title, what to look for, {series: label}, y axis, why it may be missing.
 Plain = tuple[str, str, str, Mapping[str, str], Axis, str]

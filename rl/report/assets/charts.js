@@ -11,17 +11,19 @@ entrl.charts = {
     script.textContent = await entrl.unpack("lib-plotly");
     document.head.append(script);
     this.figures = await entrl.data("charts");
-    this.draw();
+    for (const plot of document.querySelectorAll("[data-chart]")) {
+      this.drawOne(plot);
+      await new Promise(done => setTimeout(done));  // what is above can be read while the rest is drawn
+    }
     this.drawn.forEach(tell => tell());
     entrl.themed.push(() => this.draw());
     document.body.dataset.ready = "charts";
   },
-  draw() {
-    for (const plot of document.querySelectorAll("[data-chart]")) {
-      const figure = this.prepare(this.figures[plot.dataset.chart]);
-      const traces = figure.data.map(trace => this.coloured(structuredClone(trace)));
-      Plotly.react(plot, traces, this.layout(structuredClone(figure.layout || {})), {displaylogo: false, responsive: true, modeBarButtonsToRemove: ["select2d", "lasso2d"]});
-    }
+  draw() { document.querySelectorAll("[data-chart]").forEach(plot => this.drawOne(plot)); },
+  drawOne(plot) {
+    const figure = this.prepare(this.figures[plot.dataset.chart]);
+    const traces = figure.data.map(trace => this.coloured(structuredClone(trace)));
+    Plotly.react(plot, traces, this.layout(structuredClone(figure.layout || {})), {displaylogo: false, responsive: true, modeBarButtonsToRemove: ["select2d", "lasso2d"]});
   },
   colour(text) {
     const [name, alpha] = text.split("/");  // "c1/0.2": a fifth of the colour

@@ -1,5 +1,5 @@
 // Charts over the steps (class "steps"): a moving average over faint raw lines (#smoothing), one step marked in all of them by
-// hovering or with the slider #step, its values in each chart's .at, and a table in each details[data-numbers].
+// hovering or with the slider #step, its values in each chart's legend (.at), and a table in each details[data-numbers].
 "use strict";
 entrl.steps = {
   at: null,
@@ -34,10 +34,10 @@ entrl.steps = {
     const kind = (trace.meta || {}).smooth;
     if (kind === "only") return [{...trace, y: this.average(trace.y), hoverinfo: "skip"}];
     if (!kind || !this.weight || trace.y.length < 3) return [trace];
-    const group = trace.name, raw = {...trace.line, color: trace.line.color + "/0.3", width: 1};
+    const raw = {...trace.line, color: trace.line.color + "/0.3", width: 1};
     return [
-      {...trace, line: raw, marker: {...trace.marker, color: raw.color}, showlegend: false, legendgroup: group},
-      {...trace, mode: "lines", y: this.average(trace.y), hoverinfo: "skip", legendgroup: group},
+      {...trace, line: raw, marker: {...trace.marker, color: raw.color}},
+      {...trace, mode: "lines", y: this.average(trace.y), hoverinfo: "skip"},
     ];
   },
   link() {
@@ -58,9 +58,10 @@ entrl.steps = {
     const said = [];
     for (const plot of this.plots) {
       this.place(plot);
-      const box = plot.closest(".chart"), values = this.values(entrl.charts.figures[plot.dataset.chart], step);
-      box.querySelector(".at").textContent = values;
-      if (plot.dataset.chart === "reward" || plot.dataset.chart === "entropy") said.push(values);
+      const values = this.values(entrl.charts.figures[plot.dataset.chart], step);
+      const at = plot.closest(".chart").querySelector(".at");
+      at.replaceChildren(...values.map(([trace, value]) => this.key(trace, value)));
+      if (plot.dataset.chart === "reward" || plot.dataset.chart === "entropy") said.push(...values.map(([trace, value]) => `${trace.name} ${value}`));
     }
     this.slider.setAttribute("aria-valuetext", `step ${step}: ${said.join("; ")}`);
   },
@@ -72,7 +73,13 @@ entrl.steps = {
     Object.assign(line.style, {left: `${xaxis._offset + left}px`, top: `${yaxis._offset}px`, height: `${yaxis._length}px`});
   },
   values(figure, step) {
-    return figure.data.filter(trace => trace.type === "scatter" && trace.x.length).map(trace => `${trace.name} ${this.number(trace.y[this.nearest(trace.x, step)])}`).join(" \u00b7 ");
+    return figure.data.filter(trace => trace.type === "scatter" && trace.x.length).map(trace => [trace, this.number(trace.y[this.nearest(trace.x, step)])]);
+  },
+  // The legend of a chart, with a value in it.
+  key(trace, value) {
+    const made = entrl.element("span", {class: "key"}, `${trace.name}\u00a0${value}`);
+    made.style.setProperty("--key", `var(--${trace.line.color.split("/")[0]})`);
+    return made;
   },
   nearest(sorted, x) {
     let low = 0, high = sorted.length - 1;
