@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from rl.report import ledger
+from rl.report import law, ledger
 from rl.report.charts import (
     COLOURS,
     Chart,
@@ -20,10 +19,8 @@ from rl.report.charts import (
     lines,
     over_steps,
     quantiles,
-    thin,
     with_marks,
 )
-from rl.report.page import numbers
 from rl.report.reading import Run
 from rl.report.series import COMPLETIONS, COST, ENTROPY, FROM_0, NATS, REWARD, SHARE, UNSEEN, UPDATE, Plain
 
@@ -50,7 +47,7 @@ def sections(run: Run, alarms: Sequence[int] = ()) -> list[Section]:
     if "rollout/zero_std_groups" in frame:
         frame = frame.assign(**{"live groups": 1 - frame["rollout/zero_std_groups"]})
     found = {
-        "Reward": [_reward(frame), *_plain(frame, REWARD), _law(frame)],
+        "Reward": [_reward(frame), *_plain(frame, REWARD), law.law(frame), law.forecast(frame)],
         "Entropy": [_ribbon(run), _heat(run), *_plain(frame, ENTROPY)],
         "What the methods did": [*_methods(frame), _ledger(frame)],
         "Completions": [*_plain(frame, COMPLETIONS)],
@@ -82,63 +79,6 @@ def _reward(frame: pd.DataFrame) -> Chart:
     look = "Rises and levels off. One that rises while pass@1 on held-out problems does not is being gamed."
     figure = lines(frame, labels)
     return Chart("reward", "Mean reward", look, figure, "no step has a reward", ("reward/mean", *own), wide=True)
-
-
-def _law(frame: pd.DataFrame) -> Chart:
-    """Reward over e^H: the law R = -a e^H + b of Cui et al. (arXiv 2505.22617) is a line in it."""
-    both = pd.DataFrame({"h": finite(frame, "entropy/mean"), "r": finite(frame, "reward/mean")}).dropna()
-    name, title = "law", "Reward bought with entropy"
-    look = "Each point is a step, dark ones late. On a falling line reward is paid for with entropy; it ends where entropy is 0, left."
-    series = [c for c in frame if c.startswith("forecast/")]
-    if len(both) < 3:
-        return Chart(name, title, look, None, "it needs 3 steps with reward/mean and entropy/mean", series)
-    x, y = np.exp(thin(both["h"])), thin(both["r"])
-    points = {
-        "type": "scatter",
-        "mode": "markers",
-        "x": numbers(x),
-        "y": numbers(y),
-        "name": "steps",
-        "showlegend": False,
-        "marker": {
-            "size": 6,
-            "color": [int(step) for step in x.index],
-            "colorscale": [[0, "line"], [1, "c1"]],
-            "colorbar": {"title": {"text": "step", "side": "right"}, "thickness": 10, "outlinewidth": 0},
-        },
-        "customdata": [int(step) for step in x.index],
-        "hovertemplate": "step %{customdata}<br>e^H %{x}, reward %{y}<extra></extra>",
-    }
-    axes = {"xaxis": {"title": {"text": "e to the power of the mean entropy"}}, "yaxis": {"title": {"text": "reward"}}}
-    figure = {"data": [points, *_forecast(frame)], "layout": {**axes, "hovermode": "closest"}}
-    return Chart(name, title, look, figure, series=series, over_steps=False)
-
-
-def _forecast(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """The reward at entropy 0 that the run itself forecast last, with its interval, at e^0 = 1."""
-    last = {key: finite(frame, f"forecast/{key}") for key in ("ceiling", "low", "high")}
-    if any(series.empty for series in last.values()):
-        return []
-    ceiling, low, high = (float(last[key].iloc[-1]) for key in ("ceiling", "low", "high"))
-    spread = {
-        "type": "data",
-        "symmetric": False,
-        "array": [high - ceiling],
-        "arrayminus": [ceiling - low],
-        "color": "c2",
-    }
-    return [
-        {
-            "type": "scatter",
-            "mode": "markers",
-            "x": [1.0],
-            "y": numbers([ceiling]),
-            "error_y": spread,
-            "name": "forecast at entropy 0",
-            "marker": {"color": "c2", "size": 9, "symbol": "diamond"},
-            "hovertemplate": f"forecast {ceiling:.3f} ({low:.3f} to {high:.3f})<extra></extra>",
-        }
-    ]
 
 
 def _ribbon(run: Run) -> Chart:

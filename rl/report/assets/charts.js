@@ -23,7 +23,7 @@ entrl.charts = {
   drawOne(plot) {
     const figure = this.prepare(this.figures[plot.dataset.chart]);
     const traces = figure.data.map(trace => this.coloured(structuredClone(trace)));
-    Plotly.react(plot, traces, this.layout(structuredClone(figure.layout || {})), {displaylogo: false, responsive: true, modeBarButtonsToRemove: ["select2d", "lasso2d"]});
+    Plotly.react(plot, traces, this.layout(structuredClone(figure.layout || {})), {displaylogo: false, displayModeBar: matchMedia("(hover: hover)").matches ? "hover" : false, responsive: true, modeBarButtonsToRemove: ["select2d", "lasso2d"]});
   },
   colour(text) {
     const [name, alpha] = text.split("/");  // "c1/0.2": a fifth of the colour
@@ -44,7 +44,8 @@ entrl.charts = {
     const merged = {
       margin: {l: 48, r: 12, t: 8, b: 36}, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", hovermode: "x unified",
       font: {color: entrl.colour("fg"), size: 12, family: "system-ui, sans-serif"}, showlegend: true,
-      legend: {orientation: "h", y: 1.12, x: 0, font: {size: 11}}, hoverlabel: {bgcolor: entrl.colour("panel"), font: {color: entrl.colour("fg")}},
+      legend: {orientation: "h", y: 1.12, x: 0, font: {size: 11}}, modebar: {bgcolor: "rgba(0,0,0,0)", color: entrl.colour("muted"), activecolor: entrl.colour("accent")},
+      hoverlabel: {bgcolor: entrl.colour("panel"), font: {color: entrl.colour("fg")}},
       ...own,
     };
     for (const name of ["xaxis", "yaxis", ...Object.keys(own).filter(k => /^[xy]axis\d/.test(k))]) merged[name] = {...axis, ...(own[name] || {})};
