@@ -12,7 +12,6 @@ import pandas as pd
 from omegaconf import OmegaConf
 
 from rl.config import compose, differences
-from rl.errors import EntrlError
 from rl.redact import without_secrets
 from rl.report.charts import MAX_POINTS, bin_of_steps, finite
 from rl.report.reading import Run
@@ -195,11 +194,13 @@ def changed(run: Run) -> tuple[list[tuple[str, str, str]], str]:
     own = without_secrets(run.config)
     try:
         default = OmegaConf.to_container(compose())
-    except EntrlError as error:  # a broken configs/local, say
-        return [], f"The default configuration cannot be composed: {visible(error)}"
-    ours = {key for key in ("run.name", "run.dir")}  # where it lies is no setting of the experiment
+    except Exception as error:  # of any kind: a broken file in configs/local is no reason to have no page
+        return (
+            [],
+            f"The default configuration cannot be composed, so there is nothing to compare with: {visible(error)}",
+        )
     found = differences(OmegaConf.create(own), OmegaConf.create(default))
-    rows = [(visible(k, 200), _cell(a), _cell(b)) for k, (a, b) in found.items() if k not in ours]
+    rows = [(visible(k, 200), _cell(a), _cell(b)) for k, (a, b) in found.items() if k not in ("run.name", "run.dir")]
     other = setting(run.manifest, "versions.entrl")
     here = _entrl()
     note = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -62,6 +63,7 @@ def _context(run: Run, out: Path) -> dict[str, Any]:
         "command": facts.command(run),
         "width": facts.mean_of(run.metrics),
         "links": _links(run, out),
+        "written": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
     }
 
 
