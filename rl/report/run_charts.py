@@ -160,7 +160,7 @@ def _ledger(frame: pd.DataFrame) -> Chart:
     series = ("entropy/predicted_change", "entropy/measured_change")
     title, look = (
         "Entropy: predicted against measured",
-        "Sums of the changes so far, each on its own axis: compare shapes, not sizes.",
+        "Sums of the changes so far, on two axes. Two falling lines look alike in any case; the numbers say more.",
     )
     both = ledger.pairs(frame)
     if len(both) < 2:

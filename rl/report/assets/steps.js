@@ -78,7 +78,8 @@ entrl.steps = {
   // The legend of a chart, with a value in it.
   key(trace, value) {
     const made = entrl.element("span", {class: "key"}, `${trace.name}\u00a0${value}`);
-    made.style.setProperty("--key", `var(--${trace.line.color.split("/")[0]})`);
+    const [name, alpha] = trace.line.color.split("/");
+    made.style.setProperty("--key", alpha ? `color-mix(in srgb, var(--${name}) ${100 * alpha}%, transparent)` : `var(--${name})`);
     return made;
   },
   nearest(sorted, x) {
