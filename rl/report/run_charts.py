@@ -56,7 +56,11 @@ def sections(run: Run, alarms: Sequence[int] = ()) -> list[Section]:
     }
     known = {column for charts in found.values() for chart in charts for column in chart.series} | UNSEEN
     found["Every other series"] = [*_others(frame, [c for c in frame if c not in known], "other")]
-    return [Section(title, [_marked(chart, alarms) for chart in charts]) for title, charts in found.items() if charts]
+    return [
+        Section(title, [_over_the_run(chart, frame.index, alarms) for chart in charts])
+        for title, charts in found.items()
+        if charts
+    ]
 
 
 def _plain(frame: pd.DataFrame, table: Sequence[Plain]) -> Iterator[Chart]:
@@ -64,10 +68,14 @@ def _plain(frame: pd.DataFrame, table: Sequence[Plain]) -> Iterator[Chart]:
         yield Chart(name, title, look, lines(frame, labels, axis), missing, tuple(labels))
 
 
-def _marked(chart: Chart, alarms: Sequence[int]) -> Chart:
+def _over_the_run(chart: Chart, steps: Sequence[int], alarms: Sequence[int]) -> Chart:
+    """The chart over all steps of the run, also where its series begin late or end early, with the alarms."""
     if chart.figure is None or not chart.over_steps:
         return chart
-    return replace(chart, figure=with_marks(chart.figure, alarms))
+    figure = with_marks(chart.figure, alarms)
+    if steps[0] < steps[-1]:
+        figure["layout"]["xaxis"]["range"] = [int(steps[0]), int(steps[-1])]
+    return replace(chart, figure=figure)
 
 
 def _reward(frame: pd.DataFrame) -> Chart:

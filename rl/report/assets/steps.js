@@ -27,7 +27,7 @@ entrl.steps = {
       if (value === null) return null;
       sum = this.weight * sum + (1 - this.weight) * value;
       weight = this.weight * weight + 1 - this.weight;
-      return sum / weight;
+      return Number((sum / weight).toPrecision(6));  // else a constant is one but for rounding, and its axis shows that
     });
   },
   smoothed(trace) {
