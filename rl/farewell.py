@@ -33,7 +33,7 @@ def farewell(folder: Path, where: str | None, summary: Mapping[str, Any]) -> Non
     """Say how long it took and where to look. Args: where: the W&B page, or the command that uploads the run."""
     s = summary["seconds"]
     print(f"\n{summary['steps']} steps in {s['train']:.0f} s, evaluation {s['eval']:.0f} s, {s['total']:.0f} s in all")
-    print(f"run folder  {folder}  (metrics.jsonl, summary.json, rollouts/, eval/, checkpoints/final)")
+    print(f"run folder  {folder}  (report.html, metrics.jsonl, summary.json, rollouts/, eval/, checkpoints/final)")
     if where is not None:
         print(f"W&B         {where}")
     print(f"next        entrl eval {folder}")

@@ -43,7 +43,7 @@ def attempt(folder: Path, rank: int, redirect: bool) -> Iterator[None]:
     """One start of a rank: whatever happens, the folder says how it ended.
 
     Each rank leaves ``logs/attempt_<n>/rank_<r>.log`` and, of an error, ``rank_<r>.error``; the first one DONE or STOPPED, and the first
-    that fails FAILED.
+    that fails FAILED. However it ended, a run with any step gets its ``report.html``.
 
     Args:
         redirect: send the output of ranks above 0 to their log; the first rank keeps the console.
@@ -66,19 +66,37 @@ def attempt(folder: Path, rank: int, redirect: bool) -> Iterator[None]:
             except Stopped as stopped:
                 if rank == 0:
                     rundir.finish(folder, "STOPPED", f"{stopped}; go on: entrl resume {folder}")
+                    _report(folder)
                 raise
             except BaseException as error:
                 # the first rank to fail says why; the others then fail of its absence
                 if rundir.state(folder) == "open":
                     with contextlib.suppress(OSError):  # a full disk, say, which is then the error
                         rundir.finish(folder, "FAILED", f"{type(error).__name__}: {error}")
+                if rank == 0 and isinstance(error, Exception):  # and not when somebody wants to leave at once
+                    _report(folder)
                 raise
             if rank == 0:
                 rundir.finish(folder, "DONE")
+                _report(folder)
         except BaseException as error:
             if not isinstance(error, Stopped):
                 _say_why(log, error)
             raise
+
+
+def _report(folder: Path) -> None:
+    """Leave the page of a run that has any step; what goes wrong with it is one line and nothing more."""
+    metrics = folder / "metrics.jsonl"
+    if not metrics.is_file() or not metrics.stat().st_size:
+        return
+    try:
+        from rl.report.run_page import write_report
+
+        write_report(folder)
+    except Exception as error:  # of any kind: the run is what matters
+        reason = (str(error).splitlines() or [""])[0][:200]
+        print(f"report.html was not written ({type(error).__name__}: {reason}). Try entrl report {folder}")
 
 
 def _new_log(folder: Path, rank: int) -> Path:

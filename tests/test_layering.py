@@ -72,6 +72,7 @@ def test_reports_read_run_folders_without_torch_or_a_trainer():
             "rl.paths",
             "rl.forecast",
             "rl.sweep.read",
+            "rl.config",
         )
         assert all(name.startswith(allowed) for name in imports(path) if name.startswith("rl.")), path
 

@@ -102,18 +102,22 @@ def read_run(folder: str | Path) -> Run:
 
 def _config(path: Path) -> dict[str, Any]:
     try:
-        return OmegaConf.to_container(OmegaConf.load(path))
+        found = OmegaConf.to_container(OmegaConf.load(path))
     except Exception as error:  # yaml and omegaconf have several
         raise ReportError(
             f"{path} is no readable yaml: {str(error).splitlines()[0]}. Restore it from the run."
         ) from error
+    if not isinstance(found, dict):
+        raise ReportError(f"{path} holds no settings but a {type(found).__name__}. Restore it from the run.")
+    return found
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return rundir.read_json(path)
+        found = rundir.read_json(path)
     except (json.JSONDecodeError, UnicodeDecodeError):
         return {}  # cut off by a full disk: the rest of the folder is worth a look all the same
+    return found if isinstance(found, dict) else {}
 
 
 def _read_metrics(path: Path) -> tuple[pd.DataFrame, dict[str, HistogramSeries], int]:
@@ -125,9 +129,11 @@ def _read_metrics(path: Path) -> tuple[pd.DataFrame, dict[str, HistogramSeries],
             total = sum(1 for line in lines if line.strip())
     read = 0
     for line in read_lines(path):
+        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+            continue  # what a kill left of a line may be JSON by chance
         read += 1
         step = line["step"]
-        rows[step] = {k: v for k, v in line.items() if k != "step" and not isinstance(v, Mapping)}
+        rows[step] = {k: v for k, v in line.items() if k != "step" and (v is None or isinstance(v, int | float))}
         for name, value in line.items():
             if isinstance(value, Mapping):
                 found.setdefault(name, {})[step] = value

@@ -1,32 +1,41 @@
 // Charts: <figure class="chart"><h3>..</h3><figcaption>..</figcaption><div class="plot" data-chart="name"></div></figure>, whose
 // traces and layout are in the data called "charts": {name: {data: [...], layout: {...}}}. A colour "c1" to "c8" (or "fg", "muted", ...)
-// in a trace is the theme's. One step is marked in all charts at once: by hovering, or with the slider #step where a page has one.
+// in a trace is the theme's. A page's own script may change what is drawn, entrl.charts.prepare, and be told when all is:
+// entrl.charts.drawn.push(function). For charts over the steps steps.js does both.
 "use strict";
 entrl.charts = {
+  prepare: figure => figure,
+  drawn: [],
   async start() {
     const script = document.createElement("script");
     script.textContent = await entrl.unpack("lib-plotly");
     document.head.append(script);
     this.figures = await entrl.data("charts");
-    this.draw();
+    for (const plot of document.querySelectorAll("[data-chart]")) {
+      this.drawOne(plot);
+      await new Promise(done => setTimeout(done));  // what is above can be read while the rest is drawn
+    }
+    this.drawn.forEach(tell => tell());
     entrl.themed.push(() => this.draw());
     document.body.dataset.ready = "charts";
   },
-  draw() {
-    for (const plot of document.querySelectorAll("[data-chart]")) {
-      const figure = this.figures[plot.dataset.chart];
-      const traces = figure.data.map(trace => this.coloured(structuredClone(trace)));
-      Plotly.react(plot, traces, this.layout(structuredClone(figure.layout || {})), {displaylogo: false, displayModeBar: matchMedia("(hover: hover)").matches ? "hover" : false, responsive: true, modeBarButtonsToRemove: ["select2d", "lasso2d"]});
-    }
+  draw() { document.querySelectorAll("[data-chart]").forEach(plot => this.drawOne(plot)); },
+  drawOne(plot) {
+    const figure = this.prepare(this.figures[plot.dataset.chart]);
+    const traces = figure.data.map(trace => this.coloured(structuredClone(trace)));
+    Plotly.react(plot, traces, this.layout(structuredClone(figure.layout || {})), {displaylogo: false, displayModeBar: matchMedia("(hover: hover)").matches ? "hover" : false, responsive: true, modeBarButtonsToRemove: ["select2d", "lasso2d"]});
+  },
+  colour(text) {
+    const [name, alpha] = text.split("/");  // "c1/0.2": a fifth of the colour
+    const colour = entrl.colour(name);
+    return !colour ? text : alpha ? colour + Math.round(255 * alpha).toString(16).padStart(2, "0") : colour;
   },
   coloured(node) {
     for (const [key, value] of Object.entries(node)) {
       if (key === "x" || key === "y" || key === "z") continue;
-      if (typeof value === "string" && (key === "color" || key === "fillcolor")) {
-        const [name, alpha] = value.split("/");  // "c1/0.2": a fifth of the colour
-        const colour = entrl.colour(name);
-        if (colour) node[key] = alpha ? colour + Math.round(255 * alpha).toString(16).padStart(2, "0") : colour;
-      } else if (value && typeof value === "object") this.coloured(value);
+      if (typeof value === "string" && (key === "color" || key === "fillcolor")) node[key] = this.colour(value);
+      else if (key === "colorscale" && Array.isArray(value)) node[key] = value.map(([at, colour]) => [at, this.colour(colour)]);
+      else if (value && typeof value === "object") this.coloured(value);
     }
     return node;
   },
@@ -43,4 +52,4 @@ entrl.charts = {
     return this.coloured(merged);
   },
 };
-entrl.charts.start();
+document.addEventListener("DOMContentLoaded", () => entrl.charts.start());  // when the page's own script has been read
