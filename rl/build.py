@@ -31,6 +31,7 @@ from data.errors import DataError
 from rewards.checked import Checked
 from rewards.errors import RewardError
 from rewards.gate import Gated, Once
+from rl.alarms import Watch
 from rl.checkpoint import Checkpoints
 from rl.config import did_you_mean, gate_order, reward_gates
 from rl.draw import Decoding
@@ -344,6 +345,27 @@ def checkpoints(cfg: DictConfig, folder: Path) -> Checkpoints:
     """
     c = cfg.checkpoint
     return Checkpoints(folder, every=c.every, keep_last=c.keep_last, keep_every=c.keep_every)
+
+
+def watches(cfg: DictConfig) -> dict[str, Watch]:
+    """What the alarms look at, by their names; those that are null are off, and a run from before there were any has none.
+
+    Raises:
+        ConfigError: an action that does not exist, or a threshold that makes no sense.
+    """
+    found = {}
+    for name, node in (cfg.get("alarm") or {}).items():
+        if node is None:
+            continue
+        try:
+            made = make(f"alarm.{name}", node)
+        except ConfigError as error:
+            text = str(error)
+            raise ConfigError(text if text.startswith("alarm.") else f"alarm.{name}.{text}") from error
+        if not isinstance(made, Watch):
+            raise ConfigError(f"alarm.{name}: {node['_target_']} is no Watch. Derive it from rl.alarms.Watch.")
+        found[name] = made
+    return found
 
 
 def decoding(cfg: DictConfig) -> Decoding:

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 
 MIN_STEPS = 30
-MOST_NOISE = 0.1  # of the variance of e^H may come from one step to the next; noise there would flatten the slope as much
+MOST_NOISE = (
+    0.1  # of the variance of e^H may come from one step to the next; noise there would flatten the slope as much
+)
 _Z = 1.959963984540054  # of 95 % between -z and z
 
 
@@ -43,7 +45,10 @@ class Line:
     def __init__(self):
         self._origin: tuple[float, float] | None = None  # sums are about the first point, which keeps their digits
         self._last = np.zeros(3)
-        self._square, self._lagged = np.zeros((3, 3)), np.zeros((3, 3))  # sums of v v' and of v v_before', v = (1, x, y)
+        self._square, self._lagged = (
+            np.zeros((3, 3)),
+            np.zeros((3, 3)),
+        )  # sums of v v' and of v v_before', v = (1, x, y)
         self._jumps = 0.0  # sum of squared changes of x
         self._state: tuple | None = None
 
@@ -66,17 +71,17 @@ class Line:
     def noise(self) -> float:
         """Share of the variance of x that is change from one point to the next: about 1 for noise, near 0 for a slow move."""
         spread = self._spread()
-        return self._jumps / (2 * spread) if spread > 0 else 1.0
+        return float(self._jumps / (2 * spread)) if spread > 0 else 1.0
 
     @property
     def slope(self) -> float:
-        return self._solved()[0][1]
+        return float(self._solved()[0][1])
 
     @property
     def r2(self) -> float:
         """Share of the variance of y that the line explains; NaN where y never changed."""
         total = self._square[2, 2] - self._square[0, 2] ** 2 / self.n
-        return 1 - self._solved()[2] / total if total > 0 else math.nan
+        return float(1 - self._solved()[2] / total) if total > 0 else math.nan
 
     @property
     def correlation(self) -> float:
@@ -92,7 +97,7 @@ class Line:
     def at(self, x: float) -> float:
         """y on the line."""
         (intercept, slope), *_ = self._solved()
-        return self._origin[1] + intercept + slope * (x - self._origin[0])
+        return float(self._origin[1] + intercept + slope * (x - self._origin[0]))
 
     def error(self, x: float) -> float:
         """Standard error of the line at ``x``."""
