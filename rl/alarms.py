@@ -44,7 +44,8 @@ class Watch:
     def __init__(self, *, window: int, patience: int, action: str | Sequence[str]):
         self.window = whole("window", window, 2)
         self.patience = whole("patience", patience, 1)
-        self.actions = tuple([action] if isinstance(action, str) else action or ())
+        several = isinstance(action, list | tuple)
+        self.actions = tuple(action) if several else () if action is None else (action,)
         if unknown := [each for each in self.actions if each not in ACTIONS]:
             raise ConfigError(f"action={unknown[0]} is not known. Expected one or several of: {', '.join(ACTIONS)}.")
         if not self.actions:
@@ -136,7 +137,8 @@ class Share(Watch):
         self, *, series: str, what: str, above: float, window: int, patience: int, action: str | Sequence[str]
     ):
         super().__init__(window=window, patience=patience, action=action)
-        self.series, self.what, self.above = series, what, number("above", above, 0.0, 1.0)
+        self.series, self.what = named("series", series), str(what)
+        self.above = number("above", above, 0.0, 1.0)
         self._trace = Trace(self.window)
 
     def read(self, step: int, metrics: Metrics) -> Iterator[Reading]:
@@ -210,11 +212,7 @@ class HollowReward(Watch):
         super().__init__(window=window, patience=patience, action=action)
         self.rise, self.entropy = number("rise", rise, 0.0), number("entropy", entropy, 0.0, 1.0)
         self.length, self.answers = number("length", length, 0.0, 1.0), number("answers", answers, 1.0)
-        if check is not None and not (isinstance(check, str) and check):
-            raise ConfigError(
-                f"check={check} is no series. Expected a name as in metrics.jsonl, reward/correct, or null."
-            )
-        self.check = check
+        self.check = None if check is None else named("check", check)
         names = ("reward/mean", "reward/std", "entropy/mean", "rollout/len", "rollout/distinct_answers")
         names += ("rollout/zero_std_groups", *([check] if check else []))
         self._traces = {name: Trace(self.window) for name in names}
@@ -304,6 +302,13 @@ def number(name: str, value: float, above: float, most: float = math.inf) -> flo
     raise ConfigError(
         f"{name}={value} makes no sense. Expected a number {'of at least' if above >= 1 else 'above'} {above:g}{limit}."
     )
+
+
+def named(name: str, value: str) -> str:
+    """``value``, if it can be the name of a series; else ConfigError."""
+    if isinstance(value, str) and value:
+        return value
+    raise ConfigError(f"{name}={value} is no series. Expected a name as in metrics.jsonl, as reward/correct.")
 
 
 def whole(name: str, value: int, least: int) -> int:

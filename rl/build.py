@@ -357,13 +357,15 @@ def watches(cfg: DictConfig) -> dict[str, Watch]:
     for name, node in (cfg.get("alarm") or {}).items():
         if node is None:
             continue
+        if not (isinstance(node, DictConfig) and "_target_" in node):
+            raise ConfigError(f"alarm.{name}={node} is no alarm. Expected a _target_ with its arguments, or null.")
         try:
             made = make(f"alarm.{name}", node)
         except ConfigError as error:
             text = str(error)
             raise ConfigError(text if text.startswith("alarm.") else f"alarm.{name}.{text}") from error
         if not isinstance(made, Watch):
-            raise ConfigError(f"alarm.{name}: {node['_target_']} is no Watch. Derive it from rl.alarms.Watch.")
+            raise ConfigError(f"alarm.{name} is no alarm: {node._target_} does not derive from rl.alarms.Watch.")
         found[name] = made
     return found
 
