@@ -171,21 +171,21 @@ def _usable(entropy: float | None, reward: float | None) -> bool:
 class Online:
     """The forecast of a run under way, and whether its last steps left the law.
 
-    They are compared with the law of all steps before them: the mean of their ``window`` residuals, in its standard errors, those of the
-    law at these entropies included. ``departed`` becomes true after ``patience`` steps in a row above ``limit``, and false again after as
-    many below half of it. Later the steps outside become part of what is fitted, so it tells of the moment, not of the whole run.
+    The last ``window`` steps are compared with the law of the first half of the run: the mean of their residuals, in its standard errors,
+    those of the law at these entropies included. ``departed`` becomes true after ``patience`` steps in a row above ``limit``, and false
+    again after as many below half of it.
 
     Attributes:
-        residual: mean reward of the last ``window`` steps above (or, negative, below) what the law of the steps before says; None before
-            there is one. departed: whether the run has left the law.
+        residual: mean reward of the last ``window`` steps above (or, negative, below) what the law of the first half says; None before
+            there is one. departed: whether the run has left that law.
     """
 
     def __init__(self, window: int = 20, patience: int = 5, limit: float = 4.0):
         self.window, self.patience, self.limit = window, patience, limit
         self.residual: float | None = None
         self.departed = False
-        self._all, self._before = Line(), Line()
-        self._recent: deque[tuple[float, float]] = deque()
+        self._all, self._half = Line(), Line()
+        self._later: deque[tuple[float, float]] = deque()  # the second half
         self._row = 0  # steps in a row that speak against ``departed`` as it is
 
     def update(self, step: int, entropy: float | None, reward: float | None) -> Forecast | None:
@@ -197,19 +197,19 @@ class Online:
             return _forecast(self._all)
         point = (math.exp(entropy), float(reward))
         self._all.add(*point)
-        self._recent.append(point)
-        if len(self._recent) > self.window:
-            self._before.add(*self._recent.popleft())
+        self._later.append(point)
+        if self._half.n < self._all.n // 2:
+            self._half.add(*self._later.popleft())
         self._compare()
         return _forecast(self._all)
 
     def _compare(self) -> None:
-        law = self._before
+        law, recent = self._half, list(self._later)[-self.window :]
         if _forecast(law) is None:
             return
-        x, y = np.array(self._recent).mean(0)
+        x, y = np.array(recent).mean(0)
         self.residual = float(y - law.at(x))
-        error = math.hypot(law.error(x), law.deviation * _mean_error(len(self._recent), law.correlation))
+        error = math.hypot(law.error(x), law.deviation * _mean_error(len(recent), law.correlation))
         outside = abs(self.residual) / max(error, 1e-12)
         against = outside < self.limit / 2 if self.departed else outside > self.limit
         self._row = self._row + 1 if against else 0

@@ -29,7 +29,7 @@ _SHARED = "Put run.dir on a file system that all nodes share."
 
 
 class ResumableTrainer(GRPOTrainer):
-    """What :class:`rl.trainer.EntropyTrainer` has for checkpoints; it also has the ``pipeline``, ``dynamics``."""
+    """What :class:`rl.trainer.EntropyTrainer` has for checkpoints; it also has the ``pipeline`` and the ``dynamics``."""
 
     def use_checkpoints(self, checkpoints: Checkpoints | None) -> None:
         """Write checkpoints there; None: into the trainer's output folder, where one is asked for.
