@@ -31,6 +31,7 @@ from data.errors import DataError
 from rewards.checked import Checked
 from rewards.errors import RewardError
 from rewards.gate import Gated, Once
+from rl.alarms import Watch
 from rl.checkpoint import Checkpoints
 from rl.config import did_you_mean, gate_order, reward_gates, shadow_plugins
 from rl.contract import TokenPlugin
@@ -362,6 +363,29 @@ def checkpoints(cfg: DictConfig, folder: Path) -> Checkpoints:
     """
     c = cfg.checkpoint
     return Checkpoints(folder, every=c.every, keep_last=c.keep_last, keep_every=c.keep_every)
+
+
+def watches(cfg: DictConfig) -> dict[str, Watch]:
+    """What the alarms look at, by their names; those that are null are off, and a run from before there were any has none.
+
+    Raises:
+        ConfigError: an action that does not exist, or a threshold that makes no sense.
+    """
+    found = {}
+    for name, node in (cfg.get("alarm") or {}).items():
+        if node is None:
+            continue
+        if not (isinstance(node, DictConfig) and "_target_" in node):
+            raise ConfigError(f"alarm.{name}={node} is no alarm. Expected a _target_ with its arguments, or null.")
+        try:
+            made = make(f"alarm.{name}", node)
+        except ConfigError as error:
+            text = str(error)
+            raise ConfigError(text if text.startswith("alarm.") else f"alarm.{name}.{text}") from error
+        if not isinstance(made, Watch):
+            raise ConfigError(f"alarm.{name} is no alarm: {node._target_} does not derive from rl.alarms.Watch.")
+        found[name] = made
+    return found
 
 
 def decoding(cfg: DictConfig) -> Decoding:

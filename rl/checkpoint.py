@@ -215,20 +215,21 @@ def check_processes(path: Path, world: int) -> None:
 
 
 def rewind(run_folder: Path, step: int) -> None:
-    """Bring a run's records back to ``step``: later lines of metrics.jsonl, a torn one, and later recorded rollouts go."""
-    metrics = Path(run_folder) / "metrics.jsonl"
-    if metrics.is_file():
-        text = metrics.read_text(encoding="utf-8", errors="replace")
-        kept = "".join(f"{line}\n" for line in text.splitlines() if _step_of(line) <= step)
-        if kept != text:
-            write_text(metrics, kept)
+    """Bring a run's records back to ``step``: later lines of metrics and alarms, a torn one, and later recorded rollouts go."""
+    for name in ("metrics.jsonl", "alarms.jsonl"):
+        path = Path(run_folder) / name
+        if path.is_file():
+            text = path.read_text(encoding="utf-8", errors="replace")
+            kept = "".join(f"{line}\n" for line in text.splitlines() if _step_of(line) <= step)
+            if kept != text:
+                write_text(path, kept)
     for path in (Path(run_folder) / "rollouts").glob("step_*"):
         if (match := _ROLLOUT.fullmatch(path.name)) and int(match[1]) > step:
             path.unlink()
 
 
 def _step_of(line: str) -> float:
-    """The step of a line of metrics.jsonl, infinite where a kill has torn it."""
+    """The step of a line, infinite where a kill has torn it."""
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):

@@ -96,7 +96,18 @@ def read(folder: Path) -> DictConfig:
 
 
 # what may differ when a run goes on: nothing of it changes what is computed
-_FREE = ("run.", "resume", "logger.", "record.", "checkpoint.", "slurm.", "launcher.", "dry_run", "trainer.max_steps")
+_FREE = (
+    "run.",
+    "resume",
+    "logger.",
+    "record.",
+    "checkpoint.",
+    "alarm",
+    "slurm.",
+    "launcher.",
+    "dry_run",
+    "trainer.max_steps",
+)
 
 
 def to_resume(cfg: DictConfig) -> Path | None:

@@ -29,7 +29,7 @@ _SHARED = "Put run.dir on a file system that all nodes share."
 
 
 class ResumableTrainer(GRPOTrainer):
-    """What :class:`rl.trainer.EntropyTrainer` has for checkpoints; it also has the ``pipeline``, ``dynamics`` and ``sinks``."""
+    """What :class:`rl.trainer.EntropyTrainer` has for checkpoints; it also has the ``pipeline`` and the ``dynamics``."""
 
     def use_checkpoints(self, checkpoints: Checkpoints | None) -> None:
         """Write checkpoints there; None: into the trainer's output folder, where one is asked for.
@@ -175,7 +175,6 @@ class ResumableTrainer(GRPOTrainer):
             "rollout_entropy": None if used_up else self._rollout_entropy,
             "plugins": self.pipeline.state_dict(),
             "dynamics": self.dynamics.state_dict(),
-            "sinks": {type(sink).__name__: sink.state_dict() for sink in self.sinks if hasattr(sink, "state_dict")},
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -184,9 +183,6 @@ class ResumableTrainer(GRPOTrainer):
         self._window = (0, [])
         self.pipeline.load_state_dict(state["plugins"])
         self.dynamics.load_state_dict(state["dynamics"])
-        for sink in self.sinks:
-            if type(sink).__name__ in state["sinks"]:
-                sink.load_state_dict(state["sinks"][type(sink).__name__])
         if self.use_vllm:
             self._last_loaded_step = -1  # the engine has other weights, even if it has seen this step
 

@@ -15,10 +15,11 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedModel
 
 from rl import build, rundir
-from rl.callbacks.alarm import NoOpAlarm
+from rl.callbacks.alarm import Alarms, TakeAction
+from rl.callbacks.forecast import WithForecast
 from rl.callbacks.progress import Progress, show_sample
 from rl.callbacks.stop import StopAtBoundary
-from rl.checkpoint import newest_good, rewind
+from rl.checkpoint import manifest_of, newest_good, rewind
 from rl.config import acting_plugins, shadow_plugins
 from rl.dynamics import Dynamics
 from rl.engine import Engine, engine, enter, whole
@@ -36,6 +37,7 @@ from rl.rundir import state
 from rl.stop import StopSignal
 from rl.tracking import Tracker, resolve_mode
 from rl.trainer import EntropyTrainer
+from rl.wandb_run import read_lines
 
 
 def run(cfg: DictConfig, overrides: Sequence[str], argv: Sequence[str]) -> Path | None:
@@ -98,6 +100,12 @@ def resume(folder: Path) -> Path:
     if state(folder) == "done" and _steps(folder) >= cfg.trainer.max_steps:
         print(f"{folder} is finished: {_steps(folder)} steps. Nothing to do.")
         return folder
+    if state(folder) == "done" and (alarm := _stopped_by(folder, cfg)) is not None:
+        print(
+            f"{folder} was ended at step {_steps(folder)} by its alarm {alarm}. To go on all the same: entrl train resume=auto "
+            f"run.name={folder.name} alarm.{alarm}.action=log ..., with its other settings as they were."
+        )
+        return folder
     if not _in_place(cfg):
         _become_the_launcher(folder)
     with StopSignal() as stop, attempt(folder, 0, redirect=False):
@@ -112,6 +120,13 @@ def _in_place(cfg: DictConfig) -> bool:
 
 def _steps(folder: Path) -> int:
     return rundir.read_json(folder / "summary.json").get("steps", 0)
+
+
+def _stopped_by(folder: Path, cfg: DictConfig) -> str | None:
+    """The alarm that ended a run, as long as ``cfg`` still says that it does."""
+    alarm = rundir.read_json(folder / "summary.json").get("stopped_by")
+    watch = build.watches(cfg).get(alarm)
+    return alarm if watch is not None and "stop" in watch.actions else None
 
 
 def _become_the_launcher(folder: Path) -> None:
@@ -168,10 +183,18 @@ def _train_in(folder: Path, cfg, ready: Ready, stop: StopSignal, model, started:
         if newest:
             print(f"resumes   {newest}", flush=True)
     recorder = Recorder(folder / "rollouts", every=cfg.record.every, max_rows=cfg.record.max_rows)
+    watches = build.watches(cfg)
     with _tracker(folder, cfg) as tracker:
-        trainer = _trainer(cfg, ready, model, recorder, checkpoints, tracker)
+        alarms = None if tracker is None else Alarms(folder, watches, getattr(tracker, "alert", None))
+        sink = None if tracker is None else _sink(cfg, ready, recorder, tracker, alarms)
+        if newest and from_first(alarms and alarms.stopped_by):  # stopped again in the evaluation after that
+            ready.args.max_steps = manifest_of(newest)["step"]
+        trainer = _trainer(cfg, ready, model, recorder, checkpoints, sink)
         trainer.add_callback(StopAtBoundary(stop, trainer.accelerator.device))
-        summary = _evaluate_and_train(cfg, folder, trainer, tracker, ready, sets, stop, newest, started)
+        action = TakeAction(alarms, trainer.accelerator.device)
+        if any({"checkpoint", "stop"} & set(watch.actions) for watch in watches.values()):
+            trainer.add_callback(action)
+        summary = _evaluate_and_train(cfg, folder, trainer, tracker, ready, sets, stop, action, newest, started)
         if tracker is not None:
             tracker.finish(flat_metrics(summary, next(iter(sets))))
             farewell(folder, tracker.where, summary)
@@ -203,14 +226,21 @@ def _tracker(folder: Path, cfg: DictConfig) -> Iterator[Tracker | None]:
             raise
 
 
-def _trainer(cfg, ready: Ready, model, recorder: Recorder, checkpoints, tracker: Tracker | None) -> EntropyTrainer:
+def _sink(cfg, ready: Ready, recorder: Recorder, tracker: Tracker, alarms: Alarms) -> WithForecast:
+    """Everything that happens to a step's metrics; it knows the steps of earlier starts."""
+
     def samples(step: int, metrics, histograms) -> None:
         if recorder.due(step):
             rows = recorder.sample(cfg.record.show)
             show_sample(step, rows)
             tracker.table(step, "rollouts", rows)
 
-    alarm = NoOpAlarm(ready.pipeline.shadows)
+    sink = WithForecast([tracker.log, Progress(ready.args.max_steps), samples, alarms])
+    sink.replay(read_lines(tracker.folder / "metrics.jsonl"))
+    return sink
+
+
+def _trainer(cfg, ready: Ready, model, recorder: Recorder, checkpoints, sink: WithForecast | None) -> EntropyTrainer:
     return EntropyTrainer(
         model=model,
         reward_funcs=ready.rewards,
@@ -222,7 +252,7 @@ def _trainer(cfg, ready: Ready, model, recorder: Recorder, checkpoints, tracker:
         dynamics=Dynamics(None),
         recorder=recorder,
         checkpoints=checkpoints,
-        sinks=[] if tracker is None else [tracker.log, Progress(ready.args.max_steps), samples, alarm],
+        sinks=[] if sink is None else [sink],
         answers=ready.problems.answers,
         sampler=build.sampler(cfg, model, ready.args, ready.pipeline),
         train_share=cfg.rollout.train_share,
@@ -230,7 +260,16 @@ def _trainer(cfg, ready: Ready, model, recorder: Recorder, checkpoints, tracker:
 
 
 def _evaluate_and_train(
-    cfg, folder, trainer, tracker: Tracker | None, ready: Ready, sets, stop, newest: Path | None, started
+    cfg,
+    folder,
+    trainer,
+    tracker: Tracker | None,
+    ready: Ready,
+    sets,
+    stop,
+    action: TakeAction,
+    newest: Path | None,
+    started,
 ) -> dict[str, Any]:
     seconds, main = {"warmstart": 0.0, "train": 0.0, "eval": 0.0}, next(iter(sets))
 
@@ -256,7 +295,7 @@ def _evaluate_and_train(
     if stop.agreed and step < end:
         raise Stopped(f"{stop} at step {step} of {end}")
     final = str(trainer.save_final())
-    if ready.problems.size is None and step < end:
+    if ready.problems.size is None and step < end and not action.stopped:
         raise ConfigError(
             f"data={cfg.data.name} ended after {step} of {end} steps: a stream is shorter than one rollout takes. Loosen "
             "data.filter, or set data.streaming=false."
@@ -280,6 +319,8 @@ def _evaluate_and_train(
         "seed": cfg.seed,
         "steps": step,
     }
+    if action.alarms is not None and action.alarms.stopped_by is not None:
+        summary["stopped_by"] = action.alarms.stopped_by
     if rank() == 0:
         show_evaluations(metrics, {name: len(problems.heldout) for name, problems in sets.items()})
         rundir.write_json(folder / "summary.json", summary)

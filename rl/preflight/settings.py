@@ -99,6 +99,7 @@ def check_settings(
     section.attempt(check_quantization, cfg)
     section.attempt(build.use_threads, cfg.engine.threads)
     section.attempt(build.checkpoints, cfg, Path(cfg.run.dir))
+    section.attempt(build.watches, cfg)
     _check_kinds(cfg, section)
     if new and isinstance(cfg.run.name, str):
         section.attempt(rundir.check_free, Path(cfg.run.dir), cfg.run.name, cfg.run.overwrite)
