@@ -33,7 +33,7 @@ def test_a_broken_reward_is_found_before_anything_is_written(tmp_path, monkeypat
 
 
 def test_a_reward_that_hangs_is_found_before_anything_is_written(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("rl.build._PROBE", 0.2)
+    monkeypatch.setattr("rl.preflight.probe._PROBE", 0.2)
     override = rewards_of(tmp_path, monkeypatch, "__import__('time').sleep(300)", "r_hangs")
     sentence = fails(capsys, "train", *SMALL, f"run.dir={tmp_path}/runs", override)
     assert "reward.correct has not answered within 0.2 s for 8 empty completions" in sentence

@@ -41,6 +41,7 @@ def test_rl_meets_rewards_and_data_in_the_composition_root_only():
         "rl/build.py",
         "rl/problems.py",
         "rl/preflight/tasks.py",
+        "rl/preflight/probe.py",
         "rl/errors.py",
     }  # errors: all that are the user's
 

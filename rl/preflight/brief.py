@@ -16,6 +16,7 @@ from rl.pipeline import Pipeline
 from rl.preflight import settings, tasks
 from rl.preflight.doctor import check_memory, context_of, model_config
 from rl.preflight.loading import check_model
+from rl.preflight.probe import probe_rewards
 from rl.preflight.report import Section
 from rl.problems import Problems
 
@@ -69,7 +70,7 @@ def before_training(cfg: DictConfig, new: bool = True) -> Ready:
         tasks.check_columns(cfg, section, found)
         if not section.errors:
             functions, _ = build.rewards(cfg)
-            section.attempt(build.probe_rewards, functions, found.first(1), algebra.group_on_a_rank)
+            section.attempt(probe_rewards, functions, found.first(1), algebra.group_on_a_rank)
     if not section.errors:
         longest = tasks.check_prompts(cfg, section, found, tokenizer, context_of(config))
         check_memory(cfg, section, config, args, pipeline, longest)

@@ -10,10 +10,10 @@ from omegaconf import DictConfig
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rl import build
 from rl.draw import Decoding
 from rl.evaluate import evaluate
 from rl.plugins.entropy_band import otsu_exact
+from rl.preflight.probe import outside_training
 from rl.preflight.report import Section
 from rl.preflight.tasks import rewarded_columns
 from rl.problems import Problems
@@ -74,7 +74,7 @@ def check_rollouts(
 def _rewards(rows, samples, functions, weights, group: int, section: Section) -> np.ndarray:
     """(problems, group) weighted rewards; one that needs what only a trainer has is left out."""
     columns = rewarded_columns([rows[i] for i in samples["problem"]])
-    columns |= build.outside_training(samples["tokens"].tolist())
+    columns |= outside_training(samples["tokens"].tolist())
     prompts = [rows[i]["prompt"] for i in samples["problem"]]
     texts = samples["completion"].tolist()
     completions = texts if isinstance(prompts[0], str) else [[{"role": "assistant", "content": text}] for text in texts]

@@ -17,6 +17,7 @@ from rewards.text import text_of
 from rl import build
 from rl.draw import prompt_ids
 from rl.options import BatchAlgebra
+from rl.preflight.probe import outside_training, probe_rewards
 from rl.preflight.report import Section
 from rl.problems import Problems, problem_sets, problems
 
@@ -142,7 +143,7 @@ def _as_in_training(reward: Callable) -> Callable:
     """The reward with what it would get from a trainer."""
 
     def call(prompts: list, completions: list, **columns) -> list[float]:
-        return reward(prompts, completions, **{**build.outside_training([0] * len(completions)), **columns})
+        return reward(prompts, completions, **{**outside_training([0] * len(completions)), **columns})
 
     return call
 
@@ -160,7 +161,7 @@ def check_rewards(cfg: DictConfig, section: Section, found: Problems, group: int
     """
     functions, _ = build.rewards(cfg)
     rows = found.first(count)
-    section.attempt(build.probe_rewards, functions, rows, group)
+    section.attempt(probe_rewards, functions, rows, group)
     if section.errors:
         return
     solution = build.make("data.solution", cfg.data.solution) if "solution" in cfg.data and cfg.data.solution else None

@@ -9,6 +9,7 @@ from rl.cli import main
 from rl.config import compose, gate_order
 from rl.errors import ConfigError
 from rl.paths import configs_dir
+from rl.preflight.probe import probe_rewards
 
 NAMES = sorted(p.stem for p in (configs_dir() / "reward").glob("*.yaml"))
 NEEDS = {"code_exec": ["reward.code_exec.fn.enabled=true", "reward.code_exec.fn.sandbox=none"]}
@@ -24,8 +25,8 @@ def test_every_reward_builds_scores_empty_completions_and_can_have_a_gate(name):
     gate = "correct" if name != "correct" else "format_tags"
     functions, _ = rewards(f"reward=[{name},{gate}]", f"reward.{name}.gate={gate}", *NEEDS.get(name, []))
     assert [f.__name__ for f in functions] == [name, gate]
-    build.probe_rewards(functions, [ROW], 8)
-    build.probe_rewards(functions, [{**ROW, "prompt": [{"role": "user", "content": "x"}]}], 8)
+    probe_rewards(functions, [ROW], 8)
+    probe_rewards(functions, [{**ROW, "prompt": [{"role": "user", "content": "x"}]}], 8)
 
 
 @pytest.mark.parametrize("name", NAMES)

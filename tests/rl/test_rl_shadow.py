@@ -7,7 +7,6 @@ import torch
 
 from ranks import two_ranks
 from rl import build, rundir
-from rl.callbacks.alarm import NoOpAlarm
 from rl.config import acting_plugins, compose, shadow_plugins
 from rl.contract import Signal
 from rl.errors import ConfigError
@@ -177,14 +176,6 @@ def test_state_is_kept_and_a_shadow_may_come_and_go():
     again.load_state_dict(first.state_dict())
     assert again.shadows["it"].calls == 1 and again.shadows["new"].calls == 0
     assert again.check(None) == ["plugin.it (a shadow): beware.", "plugin.new (a shadow): beware."]
-
-
-def test_the_alarm_does_not_claim_that_it_acts():
-    alarm = NoOpAlarm(shadows=("it",), patience=2)
-    with pytest.warns(UserWarning, match="plugin.it, a shadow, would have touched no token") as caught:
-        for step in (1, 2):
-            alarm(step, {"plugin/it/touched": 0.0}, {})
-    assert len(caught) == 1
 
 
 # ---- configuration -------------------------------------------------------------------------------------------------------------
