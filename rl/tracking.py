@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +20,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, which entrl sync has no use 
     from rl.dynamics import Histogram
 
 Mode = Literal["auto", "online", "offline", "disabled"]
+_SUMMARY_ONLY = re.compile(r"/(low|high)$|/avg@\d+$|/entropy/(p\d+|\w+_quarter)$")
 
 
 class Tracker:
@@ -99,14 +101,14 @@ class Tracker:
         self._tell("take a table", lambda run: run.send_table(line))
 
     def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Put an evaluation into the history, so that W&B draws it; the bounds of intervals stay in the summary.
+        """Put an evaluation into the history, so that W&B draws it. Bounds, quantiles, and pass@1's second name are in the summary only.
 
         Args:
             step: of the training, 0 before it. metrics: as ``eval/<set>/pass@1``.
         """
         if self._record is None:
             return
-        kept = {name: value for name, value in metrics.items() if not name.endswith(("/low", "/high"))}
+        kept = {name: value for name, value in metrics.items() if not _SUMMARY_ONLY.search(name)}
         if step == 0:  # later ones share the row, and the time, of a training step
             kept["_timestamp"] = round(time.time(), 3)
         every = {**(self._record.evaluations or {}), str(step): kept}

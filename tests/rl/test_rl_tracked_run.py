@@ -65,7 +65,7 @@ def test_what_an_offline_run_records(folder):
     assert [row["train/global_step"] for row in rows if any(key.startswith("rollouts/") for key in row)] == [1, 2, 4, 6]
 
     series = {key for row in rows for key in row if not key.startswith(("_", "rollouts/"))}
-    assert len(series) <= 60, sorted(series)
+    assert len(series) <= 58, sorted(series)  # W&B draws a chart of each; two are left to those who add some
     axes = [record["metric"] for record in records if record["type"] == "metric"]
     assert axes[1]["glob_name"] == "*" and axes[1]["step_metric"] == "train/global_step"
 
