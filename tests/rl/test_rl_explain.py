@@ -207,7 +207,9 @@ def test_a_plugins_penalty_and_weight_are_as_stated():
         logits, torch.zeros(4, 6), torch.ones(4, 6), torch.randn(4, generator=g).double(), logits * 0.9
     )
     high = EntropyBand(coef_high=0.25, kl_coef=0)(tokens, Signal.start(tokens)).penalties[1]
-    assert line(text, "penalty high").startswith("L + 0.25 x its sum over the selected tokens / the number of all tokens counts are those of the 256")
+    assert line(text, "penalty high").startswith(
+        "L + 0.25 x its sum over the selected tokens / the number of all tokens counts are those of the 256"
+    )
     assert (high.coef, high.mean(tokens.mask)) == (0.25, (high.per_token * high.where).sum() / 24)
     p, old = tokens.logp.exp(), tokens.old_logp.exp()
     omega = (tokens.advantages / old * p * (1 - p) * (p.log() + tokens.old_entropy)).abs()
