@@ -107,7 +107,10 @@ def left_out(args: GRPOConfig, algebra: BatchAlgebra, pipeline: Pipeline, backen
         )
         rows.append(("", f"that is known beforehand from what the rollout recorded, which is {why}"))
     if savings.rows:
-        how = "no forward" if ahead else "a forward, but no backward"
+        later = (
+            "" if algebra.on_policy or savings.stale else " in the first update from a rollout, and no backward later"
+        )
+        how = f"no forward{later}" if ahead else "a forward, but no backward"
         rows.append(("completions", f"{how} where A is 0: the term is 0 whatever p is"))
     if against := list(_against(args, pipeline, bonus)):
         rows.append(("no more", f"{listed(against)} may give gradient to a token without advantage"))
