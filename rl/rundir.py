@@ -154,8 +154,12 @@ def held(folder: Path) -> IO[str]:
 def write_text(path: Path, text: str) -> None:
     """Write to a temporary name and rename, so that no reader ever sees half a file."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # several ranks may have something to say at once
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -17,6 +17,7 @@ def line(step, steps, rng, extra=0):
         "reward/mean": reward,
         "reward/correct": reward - 0.1,
         "reward/format": 0.1,
+        "reward/unparsed": 0.02,
         "reward/std": 0.4,
         "rollout/zero_std_groups": 0.25,
         "rollout/len": 18.0,
@@ -42,6 +43,7 @@ plugin:
   fork_mask: {_target_: rl.plugins.fork_mask.ForkMask, rho: 0.3}
 reward:
   correct: {weight: 1.0}
+  format: {weight: 1.0}
 model: {name: tiny, path: builtin:countdown}
 data: {name: countdown}
 run: {name: a, dir: runs}

@@ -83,7 +83,7 @@ def forecast(frame: pd.DataFrame) -> Chart:
     ceiling, low, high = (finite(frame, f"forecast/{key}") for key in ("ceiling", "low", "high"))
     series = tuple(c for c in frame if c.startswith("forecast/"))
     if ceiling.empty or low.empty or high.empty:
-        why = "its entropy moved too little, or it had too few steps, for a forecast"
+        why = "the run logged none: too few steps, too little movement of its entropy, or an earlier entrl"
         return Chart(name, title, look, None, why, series)
     edge = {"line": {"color": "c2/0.35", "width": 1}, "smooth": False}
     traces = [

@@ -21,6 +21,7 @@ from rl.report.charts import (
     quantiles,
     with_marks,
 )
+from rl.report.facts import names
 from rl.report.reading import Run
 from rl.report.series import COMPLETIONS, COST, ENTROPY, FROM_0, NATS, REWARD, SHARE, UNSEEN, UPDATE, Plain
 
@@ -47,7 +48,12 @@ def sections(run: Run, alarms: Sequence[int] = ()) -> list[Section]:
     if "rollout/zero_std_groups" in frame:
         frame = frame.assign(**{"live groups": 1 - frame["rollout/zero_std_groups"]})
     found = {
-        "Reward": [_reward(frame), *_plain(frame, REWARD), law.law(frame), law.forecast(frame)],
+        "Reward": [
+            _reward(frame, names(run.config, "reward")),
+            *_plain(frame, REWARD),
+            law.law(frame),
+            law.forecast(frame),
+        ],
         "Entropy": [_ribbon(run), _heat(run), *_plain(frame, ENTROPY)],
         "What the methods did": [*_methods(frame), _ledger(frame)],
         "Completions": [*_plain(frame, COMPLETIONS)],
@@ -78,12 +84,12 @@ def _over_the_run(chart: Chart, steps: Sequence[int], alarms: Sequence[int]) -> 
     return replace(chart, figure=figure)
 
 
-def _reward(frame: pd.DataFrame) -> Chart:
-    own = [c for c in frame if c.startswith("reward/") and c.count("/") == 1 and c not in ("reward/mean", "reward/std")]
-    labels = {"reward/mean": "all together", **{c: c.removeprefix("reward/") for c in own}}
-    alone = len(own) == 1 and np.allclose(frame[own[0]], frame.get("reward/mean", np.nan), equal_nan=True)
-    if alone:
-        labels = {own[0]: own[0].removeprefix("reward/")}
+def _reward(frame: pd.DataFrame, functions: Sequence[str]) -> Chart:
+    """All rewards together, and each reward function; what these log besides, as reward/unparsed, is no reward."""
+    own = {f"reward/{name}": name for name in functions if f"reward/{name}" in frame}
+    labels = {"reward/mean": "all together", **own}
+    if len(own) == 1 and np.allclose(frame[[*own]].squeeze(1), frame.get("reward/mean", np.nan), equal_nan=True):
+        labels = own
     look = "Rises and levels off. One that rises while pass@1 on held-out problems does not is being gamed."
     figure = lines(frame, labels)
     return Chart("reward", "Mean reward", look, figure, "no step has a reward", ("reward/mean", *own), wide=True)
@@ -161,7 +167,7 @@ def _others(frame: pd.DataFrame, columns: Sequence[str], name: str, prefix: str 
             )
             look = f"What {name} logs by itself; its docstring says what it is." if prefix else "See docs/metrics.md."
             number += 1
-            yield Chart(f"{name}_{number}", title, look, lines(frame, labels), series=tuple(labels))
+            yield Chart(f"others_{name}_{number}", title, look, lines(frame, labels), series=tuple(labels))
 
 
 def _ledger(frame: pd.DataFrame) -> Chart:

@@ -49,6 +49,17 @@ def test_a_long_run_with_many_series_stays_a_small_page(tmp_path):
     assert "each point the mean of 2 steps" in words(folder / "report.html")
 
 
+def test_rewards_share_a_chart_and_what_they_log_besides_is_no_reward(made):
+    found = charts(made)
+    assert [t["name"] for t in found["reward"].figure["data"]] == ["all together", "correct", "format"]
+    assert "reward/unparsed" in found["others_other_1"].series
+    (made / "config.yaml").write_text(CONFIG.replace("  format: {weight: 1.0}\n", ""))
+    lines = [json.loads(line) for line in (made / "metrics.jsonl").read_text().splitlines()]
+    alone = [line | {"reward/mean": line["reward/correct"]} for line in lines]
+    (made / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in alone))
+    assert [t["name"] for t in charts(made)["reward"].figure["data"]] == ["correct"]  # the only one: not twice
+
+
 def test_a_run_killed_in_the_middle_of_a_line_says_so(made):
     with open(made / "metrics.jsonl", "a") as metrics:
         metrics.write('{"step": 41, "reward/mean": 0.')
@@ -149,6 +160,9 @@ def test_what_is_no_run_and_where_nothing_can_be_written_is_one_sentence(tmp_pat
         write_report(tmp_path)
     with pytest.raises(ReportError, match="cannot be written"):
         write_report(made, made / "config.yaml" / "report.html")
+    with pytest.raises(ReportError, match="Is a directory"):
+        write_report(made, made / "logs")
+    assert not list(made.glob(".*"))  # nor is anything left of it
     (made / "config.yaml").write_text("- a\n")
     with pytest.raises(ReportError, match="holds no settings but a list"):
         write_report(made)
