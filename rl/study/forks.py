@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -65,6 +66,12 @@ def show_forks(
         )
     if len(prompts) > 1:
         raise ConfigError(f"entrl forks takes one --prompt, and got {len(prompts)}. Run it once for each.")
+    if cfg.eval.engine != "native":
+        raise ConfigError(
+            f"entrl forks draws by itself, and eval.engine={cfg.eval.engine} is another program. Leave it at native."
+        )
+    page = out or _default_out(target)
+    _check_out(page)
     check_temperature(cfg.eval.temperature)
     decoding = build.decoding(cfg)
     build.use_threads(cfg.engine.threads)
@@ -84,7 +91,7 @@ def show_forks(
     report = as_json(found, facts | how, decoding)
     print_forks(report)
     print(f"drawn     {progress.summary(seconds)}")
-    page = write_forks(report, out or _default_out(target))
+    write_forks(report, page)
     write_json(page.with_suffix(".json"), report)
     return page
 
@@ -156,6 +163,19 @@ def _default_out(target: str) -> Path:
     if (Path(target) / "config.yaml").is_file():
         return Path(target) / "forks.html"
     return Path(f"forks_{plain_name(target)}.html")
+
+
+def _check_out(page: Path) -> None:
+    """Raise ConfigError for a page that could not be written, before anything is drawn."""
+    if page.suffix == ".json" or page.is_dir():
+        raise ConfigError(
+            f"--out {page} is no place for a page. Expected a file as forks.html; its numbers go beside it as .json."
+        )
+    there = next(folder for folder in page.absolute().parents if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ConfigError(
+            f"{page} cannot be written: {there} is no folder to write into. Give another file with --out."
+        )
 
 
 def as_json(found: Study, facts: dict[str, Any], decoding: Decoding) -> dict[str, Any]:
