@@ -19,7 +19,7 @@ from rl.errors import ConfigError
 from rl.eval_run import eval_config, plain_name, with_tokenizer
 from rl.eval_view import Drawing
 from rl.paths import find_model
-from rl.problems import problem_sets
+from rl.problems import graders, problem_sets
 from rl.quiet import quiet
 from rl.report.forks_page import write_forks
 from rl.rundir import write_json
@@ -118,19 +118,15 @@ def find_question(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, text: str
     if text is None and f.answer is not None:
         raise ConfigError("forks.answer is the answer to a --prompt. Give one, or drop forks.answer.")
     if f.answer is not None:
-        return _graded(
-            "the prompt",
-            _asked(tokenizer, text),
-            build.make("forks.answers", f.answers),
-            build.make("forks.grader", f.grader),
-            {"answer": str(f.answer)},
-        )
+        judge = graders("forks", f)
+        columns = {"answer": str(f.answer)}
+        return _graded("the prompt", _asked(tokenizer, text), judge["answers"], judge["grader"], columns)
     name, problems = next(iter(problem_sets(cfg, tokenizer).items()))
     rows = problems.heldout
     if text is not None:
         number = next((i for i, row in enumerate(rows) if _text(row["prompt"]).strip() == text.strip()), None)
         if number is None:
-            return Question("the prompt", _asked(tokenizer, text), build.make("forks.answers", f.answers), None)
+            return Question("the prompt", _asked(tokenizer, text), graders("forks", f)["answers"], None)
     else:
         number = f.problem
         if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < len(rows):

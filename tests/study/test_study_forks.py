@@ -92,6 +92,8 @@ def test_a_saved_model_does_not_get_the_lengths_of_the_embedded_one(tmp_path):
         (["--prompt", ""], ["The prompt has no tokens"]),
         (["eval.top_k=1"], ["one word at every place"]),
         (["forks.max_new_tokens=0"], ["or null"]),
+        (["forks.grader=null", "forks.answer=6", "--prompt", "1 2 3 > 6 :"], ["forks.grader is not set"]),
+        (["forks.answers._target_=no.such", "--prompt", "1 2 3 > 6 :"], ["forks.answers: no.such cannot be made"]),
         (["eval.engine=lm_eval"], ["eval.engine=lm_eval is another program"]),
         (["--out", "it.json"], ["--out it.json is no place for a page"]),
     ],
