@@ -99,7 +99,7 @@ def _single(key: str, node: DictConfig, tokenizer: PreTrainedTokenizerBase, trai
     if train:
         found = _part(f"{key}.train", node.train, tokenizer)
         found, dropped = apply(found, _filters(key, node, tokenizer, found))
-    return Problems(node.name, found, heldout.to_list(), **_graders(key, node), dropped=dropped)
+    return Problems(node.name, found, heldout.to_list(), **graders(key, node), dropped=dropped)
 
 
 def _mixture(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, train: bool) -> Problems:
@@ -111,7 +111,7 @@ def _mixture(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, train: bool) -
     mixed = make("data.train", cfg.data.train)({p.name: p.train for p in parts}) if train else None
     dropped = sum((part.dropped for part in parts), Counter())
     heldout = [{**row, "source": part.name} for part in parts for row in part.heldout]
-    return Problems(cfg.data.name, mixed, heldout, **_graders("data", cfg.data), dropped=dropped)
+    return Problems(cfg.data.name, mixed, heldout, **graders("data", cfg.data), dropped=dropped)
 
 
 def _part(key: str, node: Any, tokenizer: PreTrainedTokenizerBase) -> Dataset | IterableDataset:
@@ -121,7 +121,12 @@ def _part(key: str, node: Any, tokenizer: PreTrainedTokenizerBase) -> Dataset | 
     return plain_text(found) if tokenizer.chat_template is None else found
 
 
-def _graders(key: str, node: DictConfig) -> dict[str, Any]:
+def graders(key: str, node: DictConfig) -> dict[str, Any]:
+    """``grader``, ``answers`` and their strict forms as the node at ``key`` says, None where it has no such form.
+
+    Raises:
+        ConfigError: no grader or no answers, or one that cannot be made.
+    """
     for name in ("grader", "answers"):
         if not node[name]:
             raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -18,7 +19,7 @@ from rl.errors import ConfigError
 from rl.eval_run import eval_config, plain_name, with_tokenizer
 from rl.eval_view import Drawing
 from rl.paths import find_model
-from rl.problems import problem_sets
+from rl.problems import graders, problem_sets
 from rl.quiet import quiet
 from rl.report.forks_page import write_forks
 from rl.rundir import write_json
@@ -65,6 +66,12 @@ def show_forks(
         )
     if len(prompts) > 1:
         raise ConfigError(f"entrl forks takes one --prompt, and got {len(prompts)}. Run it once for each.")
+    if cfg.eval.engine != "native":
+        raise ConfigError(
+            f"entrl forks draws by itself, and eval.engine={cfg.eval.engine} is another program. Leave it at native."
+        )
+    page = out or _default_out(target)
+    _check_out(page)
     check_temperature(cfg.eval.temperature)
     decoding = build.decoding(cfg)
     build.use_threads(cfg.engine.threads)
@@ -84,7 +91,7 @@ def show_forks(
     report = as_json(found, facts | how, decoding)
     print_forks(report)
     print(f"drawn     {progress.summary(seconds)}")
-    page = write_forks(report, out or _default_out(target))
+    write_forks(report, page)
     write_json(page.with_suffix(".json"), report)
     return page
 
@@ -111,19 +118,15 @@ def find_question(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, text: str
     if text is None and f.answer is not None:
         raise ConfigError("forks.answer is the answer to a --prompt. Give one, or drop forks.answer.")
     if f.answer is not None:
-        return _graded(
-            "the prompt",
-            _asked(tokenizer, text),
-            build.make("forks.answers", f.answers),
-            build.make("forks.grader", f.grader),
-            {"answer": str(f.answer)},
-        )
+        judge = graders("forks", f)
+        columns = {"answer": str(f.answer)}
+        return _graded("the prompt", _asked(tokenizer, text), judge["answers"], judge["grader"], columns)
     name, problems = next(iter(problem_sets(cfg, tokenizer).items()))
     rows = problems.heldout
     if text is not None:
         number = next((i for i, row in enumerate(rows) if _text(row["prompt"]).strip() == text.strip()), None)
         if number is None:
-            return Question("the prompt", _asked(tokenizer, text), build.make("forks.answers", f.answers), None)
+            return Question("the prompt", _asked(tokenizer, text), graders("forks", f)["answers"], None)
     else:
         number = f.problem
         if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < len(rows):
@@ -156,6 +159,19 @@ def _default_out(target: str) -> Path:
     if (Path(target) / "config.yaml").is_file():
         return Path(target) / "forks.html"
     return Path(f"forks_{plain_name(target)}.html")
+
+
+def _check_out(page: Path) -> None:
+    """Raise ConfigError for a page that could not be written, before anything is drawn."""
+    if page.suffix == ".json" or page.is_dir():
+        raise ConfigError(
+            f"--out {page} is no place for a page. Expected a file as forks.html; its numbers go beside it as .json."
+        )
+    there = next(folder for folder in page.absolute().parents if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ConfigError(
+            f"{page} cannot be written: {there} is no folder to write into. Give another file with --out."
+        )
 
 
 def as_json(found: Study, facts: dict[str, Any], decoding: Decoding) -> dict[str, Any]:

@@ -16,7 +16,8 @@ _NAMES = {"correct": "correct", "majority": "with the majority's answer", "unkno
 
 def print_forks(report: Mapping[str, Any]) -> None:
     """Print what :func:`rl.study.forks.as_json` made."""
-    said = {True: "right", False: "wrong", None: "not graded"}[report["right"]]
+    right, wrong = ("the majority's", "not the majority's") if report["majority"] is not None else ("right", "wrong")
+    said = {True: right, False: wrong, None: "not graded"}[report["right"]]
     print(f"\n{report['model']}, {report['problem']}")
     print(f"prompt      {_short(report['prompt'])}")
     print(f"completion  {_marked(report)}   ({said}{', truncated' if report['truncated'] else ''})")
@@ -82,7 +83,7 @@ def _short(text: str, width: int = 160) -> str:
 
 
 def _number(value: float | None, sign: str = "") -> str:
-    return "?" if value is None else f"{value:{sign}.2f}"
+    return "?" if value is None else f"{round(value, 2) + 0.0:{sign}.2f}"  # + 0.0: never -0.00
 
 
 def _interval(estimate: Mapping[str, float | None], sign: str = "") -> str:

@@ -92,6 +92,10 @@ def test_a_saved_model_does_not_get_the_lengths_of_the_embedded_one(tmp_path):
         (["--prompt", ""], ["The prompt has no tokens"]),
         (["eval.top_k=1"], ["one word at every place"]),
         (["forks.max_new_tokens=0"], ["or null"]),
+        (["forks.grader=null", "forks.answer=6", "--prompt", "1 2 3 > 6 :"], ["forks.grader is not set"]),
+        (["forks.answers._target_=no.such", "--prompt", "1 2 3 > 6 :"], ["forks.answers: no.such cannot be made"]),
+        (["eval.engine=lm_eval"], ["eval.engine=lm_eval is another program"]),
+        (["--out", "it.json"], ["--out it.json is no place for a page"]),
     ],
 )
 def test_what_cannot_be_done_is_refused_in_a_sentence(tmp_path, capsys, words, says):
@@ -106,6 +110,7 @@ def test_a_wrong_model_is_refused(capsys, tmp_path):
     assert "holds no model" in fails(capsys, "forks", str(tmp_path / "empty"))
 
 
-def test_a_page_that_cannot_be_written_is_refused(capsys, tmp_path):
+def test_a_page_that_cannot_be_written_is_refused(capsys, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
+    monkeypatch.setattr("rl.study.forks.study", None)  # nothing is drawn before that is known
     assert "cannot be written" in fails(capsys, "forks", MODEL, *TINY, "--out", str(tmp_path / "file" / "a.html"))

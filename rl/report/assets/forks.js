@@ -3,7 +3,11 @@
 (async () => {
   const {tokens, entropy, measure, forks} = await entrl.data("forks");
   const el = entrl.element;
-  const two = (x, sign) => x === null ? "unknown" : (sign && x >= 0 ? "+" : "") + x.toFixed(2).replace("-", "−");
+  const two = (x, sign) => {
+    if (x === null) return "unknown";
+    const rounded = Math.round(100 * x) / 100 || 0;  // never -0.00
+    return (rounded < 0 ? "−" : sign ? "+" : "") + Math.abs(rounded).toFixed(2);
+  };
   const interval = (e, sign) => e.value === null ? "unknown" : `${two(e.value, sign)} (${two(e.low, sign)} to ${two(e.high, sign)})`;
   const most = Math.max(1, ...entropy);
   const byPlace = new Map(forks.map((fork, i) => [fork.place, i]));
