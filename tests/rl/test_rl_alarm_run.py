@@ -66,7 +66,19 @@ def test_an_alarm_ends_a_run_which_goes_on_only_when_told_to(tmp_path, capsys):
 
 # Runs of the embedded task by scripts/alarm_series.py; docs/alarms.md has the commands and the reasons.
 HEALTHY = {f"{name}_{seed}": [] for name in ("plain", "fork_mask") for seed in (1, 2, 3)}
-SET_OFF = {}
+SET_OFF = {
+    "fast": [(22, "entropy_floor"), (22, "entropy_slope")],
+    "easy": [(22, "entropy_floor"), (22, "entropy_slope")],
+    "unpaid": [(20, "dead_groups")],
+    "hollow": [
+        (42, "length"),
+        (58, "entropy_floor"),
+        (62, "entropy_slope"),
+        (65, "hollow_reward"),
+        (67, "dead_groups"),
+    ],
+    "cut": [(20, "dead_groups"), (20, "truncation")],
+}
 
 
 @pytest.mark.parametrize("name", [*HEALTHY, *SET_OFF])
