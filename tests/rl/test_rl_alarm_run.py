@@ -13,8 +13,14 @@ from rl.rundir import state
 from runs import weights
 
 RECORDED = Path(__file__).parents[1] / "recorded"
-# fork_mask keeps every token, so idle_plugin goes off at step 33; the entropy moves enough for a forecast from step 30 on
-LONG = ["trainer.max_steps=36", "trainer.learning_rate=3e-3", "plugin.fork_mask.rho=1.0", "alarm.idle_plugin.window=33"]
+# fork_mask keeps every token, so idle_plugin goes off at step 33; the bonus moves the entropy enough for a forecast from step 30 on
+LONG = [
+    "trainer.max_steps=36",
+    "trainer.learning_rate=1e-3",
+    "trainer.entropy_coef=1.0",
+    "plugin.fork_mask.rho=1.0",
+    "alarm.idle_plugin.window=33",
+]
 OTHERS = ("entropy_slope", "entropy_floor", "dead_groups", "truncation", "length", "hollow_reward")
 LONG += [*(f"alarm.{name}=null" for name in OTHERS), "eval.before=false", "record.every=0", "checkpoint.every=null"]
 
@@ -60,7 +66,19 @@ def test_an_alarm_ends_a_run_which_goes_on_only_when_told_to(tmp_path, capsys):
 
 # Runs of the embedded task by scripts/alarm_series.py; docs/alarms.md has the commands and the reasons.
 HEALTHY = {f"{name}_{seed}": [] for name in ("plain", "fork_mask") for seed in (1, 2, 3)}
-SET_OFF = {}
+SET_OFF = {
+    "fast": [(22, "entropy_floor"), (22, "entropy_slope")],
+    "easy": [(22, "entropy_floor"), (22, "entropy_slope")],
+    "unpaid": [(20, "dead_groups")],
+    "hollow": [
+        (42, "length"),
+        (58, "entropy_floor"),
+        (62, "entropy_slope"),
+        (65, "hollow_reward"),
+        (67, "dead_groups"),
+    ],
+    "cut": [(20, "dead_groups"), (20, "truncation")],
+}
 
 
 @pytest.mark.parametrize("name", [*HEALTHY, *SET_OFF])
