@@ -26,7 +26,7 @@ from rl.rundir import write_json, write_text
 
 MANIFEST = "entrl.json"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-_ROLLOUT = re.compile(r"step_(\d+)\..*")
+_OF_STEP = re.compile(r"step_(\d+)\..*")
 _BLOCK = 1 << 23
 _THREADS = 8
 
@@ -215,16 +215,17 @@ def check_processes(path: Path, world: int) -> None:
 
 
 def rewind(run_folder: Path, step: int) -> None:
-    """Bring a run's records back to ``step``: later lines of metrics.jsonl, a torn one, and later recorded rollouts go."""
+    """Bring a run's records back to ``step``: later lines of metrics.jsonl, a torn one, later recorded rollouts and probes go."""
     metrics = Path(run_folder) / "metrics.jsonl"
     if metrics.is_file():
         text = metrics.read_text(encoding="utf-8", errors="replace")
         kept = "".join(f"{line}\n" for line in text.splitlines() if _step_of(line) <= step)
         if kept != text:
             write_text(metrics, kept)
-    for path in (Path(run_folder) / "rollouts").glob("step_*"):
-        if (match := _ROLLOUT.fullmatch(path.name)) and int(match[1]) > step:
-            path.unlink()
+    for folder in ("rollouts", "probes"):
+        for path in (Path(run_folder) / folder).glob("step_*"):
+            if (match := _OF_STEP.fullmatch(path.name)) and int(match[1]) > step:
+                path.unlink()
 
 
 def _step_of(line: str) -> float:

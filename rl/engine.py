@@ -167,13 +167,16 @@ def enter(folder: Path, found: Engine) -> None:
 
 
 @contextmanager
-def whole(wrapped: torch.nn.Module, accelerator: Accelerator) -> Iterator[torch.nn.Module]:
+def whole(
+    wrapped: torch.nn.Module, accelerator: Accelerator, checkpointing: dict[str, Any] | None = None
+) -> Iterator[torch.nn.Module]:
     """The bare model with every weight at hand, also under ZeRO-3; ranks may then use it each in its own way.
 
     Args:
-        wrapped: as the trainer has it. Every rank must enter and leave.
+        wrapped: as the trainer has it. Every rank must enter and leave. checkpointing: the options of gradient checkpointing, which
+            is off inside and on again afterwards.
     """
-    with unwrap_model_for_generation(wrapped, accelerator) as model:
+    with unwrap_model_for_generation(wrapped, accelerator, gradient_checkpointing_kwargs=checkpointing) as model:
         if not any(hasattr(p, "ds_id") for p in model.parameters()):
             yield model
             return

@@ -27,6 +27,7 @@ from rl.evaluate import Evaluation
 from rl.farewell import farewell, flat_metrics, show_evaluations
 from rl.preflight.brief import Ready, before_training
 from rl.prepare import check, read, refuse_secrets, to_resume, write
+from rl.probes import Probes
 from rl.quiet import quiet
 from rl.rank import attempt
 from rl.recorder import Recorder
@@ -164,9 +165,14 @@ def _train_in(folder: Path, cfg, ready: Ready, stop: StopSignal, model, started:
         rewind(folder, int(newest.name.rpartition("-")[2]) if newest else 0)
         if newest:
             print(f"resumes   {newest}", flush=True)
-    recorder = Recorder(folder / "rollouts", every=cfg.record.every, max_rows=cfg.record.max_rows)
+    r = cfg.record
+    recorder = Recorder(folder / "rollouts", every=r.every, max_rows=r.max_rows, alternatives=r.alternatives)
     with _tracker(folder, cfg) as tracker:
         trainer = _trainer(cfg, ready, model, recorder, checkpoints, tracker)
+        if r.every and r.probes:
+            main = next(iter(sets.values()))
+            options = {"every": r.every, "seed": cfg.seed, "alternatives": r.alternatives}
+            trainer.add_callback(Probes(trainer, folder / "probes", main.heldout[: r.probes], main.grader, **options))
         trainer.add_callback(StopAtBoundary(stop, trainer.accelerator.device))
         summary = _evaluate_and_train(cfg, folder, trainer, ready, sets, stop, newest, started)
         if tracker is not None:
