@@ -60,7 +60,7 @@ class Recorder:
         self._rows.append((row, told))
 
     def told(self, step: int) -> list[Told]:
-        """The tokens of what :meth:`write` is going to write: the first groups, whole as far as ``max_rows`` allows."""
+        """The tokens of what is going to be written, as far as it is known: the first groups, up to ``max_rows`` rows."""
         if step != self._step:
             return []
         # rows arrive shuffled, and whole groups are what a reader wants to compare
@@ -68,13 +68,15 @@ class Recorder:
         del self._rows[self.max_rows :]
         return [told for _, told in self._rows]
 
-    def write(self, step: int, logp_after: Sequence[Sequence[float]] | None) -> None:
-        """Write a step's file. Args: logp_after: for each of :meth:`told`, of its trainable tokens; None: not known."""
+    def note(self, column: str, values: Sequence[Any]) -> None:
+        """Set a column, a value for each of the last :meth:`told`."""
+        for (row, _), value in zip(self._rows, values, strict=True):
+            row[column] = value
+
+    def write(self, step: int) -> None:
+        """Write a step's file, where anything was recorded of it."""
         if not self.told(step):
             return
-        if logp_after is not None:
-            for (row, _), logp in zip(self._rows, logp_after, strict=True):
-                row["logp_after"] = logp
         suffix = f".rank{self.rank}" if self.rank else ""
         write_rows(self.folder / f"step_{step:06d}{suffix}.parquet", [row for row, _ in self._rows])
 

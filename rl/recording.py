@@ -31,8 +31,8 @@ class Recording:
     trainable token
 
     - token_ids, tokens;
-    - entropy (nats), logp: as the loss's forward saw them. old_logp: as the loss took it for the policy of the rollout, equal to
-      logp in the first update on a rollout. logp_after: after the optimizer step, in evaluation mode;
+    - entropy (nats), logp: under the policy of the loss's forward. old_logp: what the loss took for the policy of the rollout,
+      equal to logp in the first update on a rollout. logp_after: after the optimizer step, in evaluation mode;
     - rank (1: the likeliest), top_ids, top_tokens, top_probs (most likely first): under the policy of the rollout, at its
       temperature, before top_p and the like. Null where no look was possible (``at_rollout``);
     - kept, weight, shaped (the effective advantage).
@@ -96,24 +96,33 @@ class Recording:
                 step, row, Told(prompt, inputs["completion_ids"][i][there].tolist(), tokens.mask[i][there].tolist())
             )
 
+    def before_loss(self) -> None:
+        """Where the plug-ins ran ahead on what an earlier policy had recorded: look what the policy of this step says."""
+        step = self.trainer.state.global_step + 1
+        if self.recorder.due(step):
+            self._look_again(step, {"logp": "logp", "entropy": "entropy"})
+
     def after_step(self) -> None:
         """Once the optimizer has stepped: look again at what was recorded of this step, and write it."""
         step = self.trainer.state.global_step
         if self.recorder.due(step):
-            told = self.recorder.told(step)
-            self.recorder.write(step, None if self.trainer._is_vlm else self._logps(told))
+            if not self.trainer._is_vlm:
+                self._look_again(step, {"logp": "logp_after"})
+            self.recorder.write(step)
 
-    def _logps(self, told: Sequence[Told]) -> list[list[float]]:
-        """Logp of the trainable tokens of each completion under the policy as it is now."""
+    def _look_again(self, step: int, columns: Mapping[str, str]) -> None:
+        """Set columns of what was recorded so far of a step, by what they hold, from the policy as it is now."""
+        told = self.recorder.told(step)
         device, pad = self.trainer.accelerator.device, self.trainer._tokenizer.pad_token_id
         rows = int(all_max(torch.tensor([len(told)], device=device)))
         if not rows:
-            return []
+            return
         nothing = Told([pad], [pad], [False])  # where another rank has more
         batch = padded([*told, *[nothing] * (rows - len(told))], pad)
-        logp = self._score(*(x.to(device) for x in batch)).logp.cpu()
-        trainable = batch[2]
-        return [row[m].tolist() for row, m in zip(logp[: len(told)], trainable, strict=False)]
+        found = self._score(*(x.to(device) for x in batch))
+        for name, column in columns.items():
+            values = getattr(found, name).cpu()
+            self.recorder.note(column, [v[m].tolist() for v, m in zip(values, batch[2], strict=True)][: len(told)])
 
     def _score(
         self, ids: Tensor, attention: Tensor, scored: Tensor, with_rank: bool = False, with_top: int = 0

@@ -28,6 +28,7 @@ from rl.farewell import farewell, flat_metrics, show_evaluations
 from rl.preflight.brief import Ready, before_training
 from rl.prepare import check, read, refuse_secrets, to_resume, write
 from rl.probes import Probes
+from rl.problems import Problems
 from rl.quiet import quiet
 from rl.rank import attempt
 from rl.recorder import Recorder
@@ -170,9 +171,7 @@ def _train_in(folder: Path, cfg, ready: Ready, stop: StopSignal, model, started:
     with _tracker(folder, cfg) as tracker:
         trainer = _trainer(cfg, ready, model, recorder, checkpoints, tracker)
         if r.every and r.probes:
-            main = next(iter(sets.values()))
-            options = {"every": r.every, "seed": cfg.seed, "alternatives": r.alternatives}
-            trainer.add_callback(Probes(trainer, folder / "probes", main.heldout[: r.probes], main.grader, **options))
+            trainer.add_callback(_probes(cfg, folder, trainer, next(iter(sets.values()))))
         trainer.add_callback(StopAtBoundary(stop, trainer.accelerator.device))
         summary = _evaluate_and_train(cfg, folder, trainer, ready, sets, stop, newest, started)
         if tracker is not None:
@@ -228,6 +227,15 @@ def _trainer(cfg, ready: Ready, model, recorder: Recorder, checkpoints, tracker:
         answers=ready.problems.answers,
         sampler=build.sampler(cfg, model, ready.args, ready.pipeline),
         train_share=cfg.rollout.train_share,
+    )
+
+
+def _probes(cfg, folder: Path, trainer: EntropyTrainer, main: Problems) -> Probes:
+    r, rows = cfg.record, main.heldout[: cfg.record.probes]
+    if rank() == 0 and len(rows) < r.probes:
+        print(f"probes    {len(rows)} instead of record.probes={r.probes}: {main.name} has no more to evaluate on here")
+    return Probes(
+        trainer, folder / "probes", rows, main.grader, every=r.every, seed=cfg.seed, alternatives=r.alternatives
     )
 
 

@@ -161,6 +161,8 @@ class EntropyTrainer(ResumableTrainer):
         if ahead:
             for batch in batches:
                 self._run_ahead(batch)
+            if self.recording is not None and not fresh:
+                self.recording.before_loss()
         order = self.savings.order_ahead if ahead else self.savings.order
         if size > 1 and order and not self._is_vlm:
             batches = by_length(
