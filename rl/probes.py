@@ -77,7 +77,7 @@ class Probes(TrainerCallback):
     def look(self, step: int) -> None:
         """Write the probe of this step; every rank must call it."""
         trainer = self.trainer
-        with whole(trainer.model_wrapped, trainer.accelerator, trainer.args.gradient_checkpointing_kwargs) as model:
+        with whole(trainer.model_wrapped, trainer.accelerator) as model:
             if rank() == 0:
                 write_rows(self.folder / f"step_{step:06d}.parquet", self._rows(model, step))
 

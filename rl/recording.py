@@ -79,6 +79,8 @@ class Recording:
             return
         looks = inputs.get("look")
         rows = [i for i in range(len(tokens.mask)) if looks is None or looks[i] is not None]
+        if not rows:  # of which transformers would decode one empty text
+            return
         names, decode = self.trainer.reward_func_names, self.trainer.processing_class.batch_decode
         prompts = [inputs["prompt_ids"][i][inputs["prompt_mask"][i].bool()].tolist() for i in rows]
         texts = decode(prompts, skip_special_tokens=True)

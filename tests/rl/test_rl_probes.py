@@ -4,12 +4,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from transformers import Qwen3ForCausalLM
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from data import countdown
 from rl.probes import Probes, first_completions
 from rl.recorder import write_rows
-from tiny import EntropyTrainer, make_trainer, save_model
+from rl.rollout import NativeSampler
+from tiny import EntropyTrainer, grpo_config, make_trainer, save_model
 
 T = 0.7
 
@@ -95,11 +96,14 @@ def test_a_problem_keeps_the_first_completion_that_any_probe_has_of_it(tmp_path)
 
 
 def test_probing_changes_nothing(model, tmp_path):
-    """Gradient checkpointing is off while it draws, and on again; tests/rl/test_rl_resume.py has many more trainings."""
-    options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    """Activation checkpointing is off while it draws, and on again; tests/rl/test_rl_resume.py has many more trainings."""
+    how = {"use_reentrant": False, "preserve_rng_state": False}
+    options = {"activation_checkpointing": True, "activation_checkpointing_kwargs": how}
+    options["extra"] = {"sampler": NativeSampler(Qwen3Config(), grpo_config(tmp_path, temperature=T))}
     plain = make_trainer(EntropyTrainer, model, tmp_path, temperature=T, max_steps=3, **options)
     plain.train()
     seen = probed(model, tmp_path, every=1, **options)
-    assert seen.model.is_gradient_checkpointing and seen.model.training == plain.model.training
+    for layer in seen.model.model.layers:
+        assert layer.gradient_checkpointing and layer._gradient_checkpointing_func.keywords == how
     for a, b in zip(plain.model.parameters(), seen.model.parameters(), strict=True):
         assert torch.equal(a, b)

@@ -130,7 +130,7 @@ def test_a_rollout_for_several_updates_is_looked_at_once_and_shared_by_them(mode
 @pytest.mark.parametrize(
     "changes",
     [
-        {"gradient_checkpointing": True},
+        {"activation_checkpointing": True},
         {"plugins": {"mask": ForkMask(rho=0.3, policy="rollout")}, "sampler": True},
         {"mask_truncated_completions": True, "max_completion_length": 4},
     ],
