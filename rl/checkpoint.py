@@ -26,7 +26,7 @@ from rl.rundir import write_json, write_text
 
 MANIFEST = "entrl.json"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-_ROLLOUT = re.compile(r"step_(\d+)\..*")
+_OF_STEP = re.compile(r"step_(\d+)\..*")
 _BLOCK = 1 << 23
 _THREADS = 8
 
@@ -215,7 +215,7 @@ def check_processes(path: Path, world: int) -> None:
 
 
 def rewind(run_folder: Path, step: int) -> None:
-    """Bring a run's records back to ``step``: later lines of metrics and alarms, a torn one, and later recorded rollouts go."""
+    """Bring a run's records back to ``step``: later lines of metrics and alarms, a torn one, later recorded rollouts and probes go."""
     for name in ("metrics.jsonl", "alarms.jsonl"):
         path = Path(run_folder) / name
         if path.is_file():
@@ -223,9 +223,10 @@ def rewind(run_folder: Path, step: int) -> None:
             kept = "".join(f"{line}\n" for line in text.splitlines() if _step_of(line) <= step)
             if kept != text:
                 write_text(path, kept)
-    for path in (Path(run_folder) / "rollouts").glob("step_*"):
-        if (match := _ROLLOUT.fullmatch(path.name)) and int(match[1]) > step:
-            path.unlink()
+    for folder in ("rollouts", "probes"):
+        for path in (Path(run_folder) / folder).glob("step_*"):
+            if (match := _OF_STEP.fullmatch(path.name)) and int(match[1]) > step:
+                path.unlink()
 
 
 def _step_of(line: str) -> float:

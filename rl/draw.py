@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rl.errors import CheckpointError, ConfigError, Stopped
@@ -227,7 +228,7 @@ def next_words(
     return torch.cat(rows)
 
 
-def _padded(prompts: Sequence[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _padded(prompts: Sequence[list[int]], pad: int) -> tuple[Tensor, Tensor]:
     """Token ids and attention mask, padded on the left."""
     width = max(map(len, prompts))
     ids = torch.full((len(prompts), width), pad)
@@ -238,11 +239,29 @@ def _padded(prompts: Sequence[list[int]], pad: int) -> tuple[torch.Tensor, torch
     return ids, attention
 
 
-def _draw_batch(model, tokenizer, prompts, batch: _Batch, decoding: Decoding, ends: list[int]) -> pd.DataFrame:
-    chosen, each, pad = [prompts[i] for i in batch.problems], len(batch.numbers), tokenizer.pad_token_id
-    ids, attention = _padded(chosen, pad)
+class Completed(NamedTuple):
+    """Prompts, padded on the left, and what follows them: (N, L) each, the last ``n`` columns are the completions."""
+
+    ids: Tensor
+    attention: Tensor  # int, 0 also behind a completion's end of text
+    n: int
+    ended: Tensor  # (N,) bool, False where the completion was cut off
+
+
+def complete(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    decoding: Decoding,
+    ends: list[int],
+) -> Completed:
+    """One completion of each prompt (token ids), up to and including the first of ``ends``, from torch's random state as it is.
+
+    Only this rank draws: under ZeRO-3 call it inside :func:`rl.engine.whole`.
+    """
+    pad = tokenizer.pad_token_id
+    ids, attention = (x.to(model.device) for x in _padded(prompts, pad))
     width = ids.shape[1]
-    ids, attention = (x.repeat_interleave(each, 0).to(model.device) for x in (ids, attention))
     config = GenerationConfig(
         max_new_tokens=decoding.max_new_tokens, pad_token_id=pad, eos_token_id=ends or None, **decoding.options()
     )
@@ -252,9 +271,15 @@ def _draw_batch(model, tokenizer, prompts, batch: _Batch, decoding: Decoding, en
     end = torch.isin(new, torch.tensor(ends, dtype=new.dtype, device=new.device))
     ended = end.cumsum(-1)
     valid = (ended == 0) | (end & (ended == 1))  # up to and including the first end of text
-    entropy = score(
-        model, full, torch.cat([attention, valid.long()], 1), new.shape[1], decoding.temperature or 1.0
-    ).entropy
+    return Completed(full, torch.cat([attention, valid.long()], 1), new.shape[1], ended[:, -1] > 0)
+
+
+def _draw_batch(model, tokenizer, prompts, batch: _Batch, decoding: Decoding, ends: list[int]) -> pd.DataFrame:
+    chosen, each = [prompts[i] for i in batch.problems], len(batch.numbers)
+    repeated = [prompt for prompt in chosen for _ in range(each)]
+    drawn = complete(model, tokenizer, repeated, decoding, ends)
+    new, valid = drawn.ids[:, -drawn.n :], drawn.attention[:, -drawn.n :].bool()
+    entropy = score(model, drawn.ids, drawn.attention, drawn.n, decoding.temperature or 1.0).entropy
     texts = tokenizer.batch_decode([row[m] for row, m in zip(new, valid, strict=True)], skip_special_tokens=True)
     return pd.DataFrame(
         {
@@ -262,7 +287,7 @@ def _draw_batch(model, tokenizer, prompts, batch: _Batch, decoding: Decoding, en
             "sample": list(batch.numbers) * len(chosen),
             "completion": texts,
             "tokens": valid.sum(-1).tolist(),
-            "truncated": (ended[:, -1] == 0).tolist(),
+            "truncated": (~drawn.ended).tolist(),
             "mean_entropy": [float(h[m].mean()) for h, m in zip(entropy, valid, strict=True)],
             "token_ids": [row[m].cpu().numpy() for row, m in zip(new, valid, strict=True)],
             "token_entropy": [h[m].float().cpu().numpy() for h, m in zip(entropy, valid, strict=True)],

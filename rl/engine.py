@@ -173,7 +173,7 @@ def whole(wrapped: torch.nn.Module, accelerator: Accelerator) -> Iterator[torch.
     Args:
         wrapped: as the trainer has it. Every rank must enter and leave.
     """
-    with unwrap_model_for_generation(wrapped, accelerator) as model:
+    with _checkpointing_as_it_was(wrapped), unwrap_model_for_generation(wrapped, accelerator) as model:
         if not any(hasattr(p, "ds_id") for p in model.parameters()):
             yield model
             return
@@ -186,6 +186,18 @@ def whole(wrapped: torch.nn.Module, accelerator: Accelerator) -> Iterator[torch.
         finally:
             for module, before, after in hooks:
                 module._forward_pre_hooks, module._forward_hooks = before, after
+
+
+@contextmanager
+def _checkpointing_as_it_was(model: torch.nn.Module) -> Iterator[None]:
+    """TRL 1.16 turns activation checkpointing off for a while, and on again without its options."""
+    names = ("gradient_checkpointing", "_gradient_checkpointing_func")
+    held = [(m, name, getattr(m, name)) for m in model.modules() for name in names if hasattr(m, name)]
+    try:
+        yield
+    finally:
+        for module, name, value in held:
+            setattr(module, name, value)
 
 
 def _free_port() -> int:

@@ -42,12 +42,13 @@ class Recorded(NamedTuple):
     logp: Tensor
     entropy: Tensor
     rank: Tensor | None
+    top_ids: Tensor | None = None  # (B, T, k), most likely first
+    top_logp: Tensor | None = None
 
     def named(self, prefix: str, mask: Tensor) -> dict[str, Tensor]:
-        """``<prefix>_logp`` and so on, what there is, as wide as ``mask`` and 0 outside it."""
-        padded = {
-            n: functional.pad(v, (0, mask.shape[1] - v.shape[1])) for n, v in self._asdict().items() if v is not None
-        }
+        """``<prefix>_logp``, ``_entropy`` and ``_rank``, what there is, as wide as ``mask`` and 0 outside it."""
+        known = {"logp": self.logp, "entropy": self.entropy, "rank": self.rank}
+        padded = {n: functional.pad(v, (0, mask.shape[1] - v.shape[1])) for n, v in known.items() if v is not None}
         return {f"{prefix}_{name}": values.masked_fill(mask == 0, 0) for name, values in padded.items()}
 
 

@@ -7,6 +7,7 @@ is scored, padding before the first token of every prompt).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -85,22 +86,27 @@ class Cut(NamedTuple):
         labels[:, prompt - first :] = ids[:, prompt - first :].masked_fill(~scored[:, :end], -100)
         return cls(rows, ids, attention[rows, columns], labels, slice(0, end), tuple(shape))
 
-    def score(self, model: Callable[..., Any], with_rank: bool = False, hint: Tensor | None = None) -> Recorded:
-        """(B, T) logp, entropy and rank from one call of the model, 0 for tokens that are not scored; ``hint`` is (B, T)."""
+    def score(
+        self, model: Callable[..., Any], with_rank: bool = False, hint: Tensor | None = None, with_top: int = 0
+    ) -> Recorded:
+        """(B, T) logp, entropy, rank and likeliest words from one call of the model, 0 for tokens that are not scored; ``hint`` is
+        (B, T)."""
         out = model(
             input_ids=self.ids,
             attention_mask=self.attention,
             labels=self.labels,
             fused_lm_head=True,
             with_rank=with_rank,
+            with_top=with_top,
             logp_gradient=None if hint is None else self._beside_labels(hint),
         )
-        return Recorded(*(None if v is None else self._place(v) for v in (out.log_probs, out.entropy, out.rank)))
+        found = (out.log_probs, out.entropy, out.rank, *(out.top or (None, None)))
+        return Recorded(*(None if v is None else self._place(v) for v in found))
 
     def _place(self, values: Tensor) -> Tensor:
-        values = values[:, -self.completion.stop :]
-        values = torch.nn.functional.pad(values, (0, self.shape[1] - self.completion.stop))
-        return values.new_zeros(self.shape).index_copy(0, self.rows, values)
+        missing = (0, 0) * (values.dim() - 2) + (0, self.shape[1] - self.completion.stop)
+        values = torch.nn.functional.pad(values[:, -self.completion.stop :], missing)
+        return values.new_zeros(self.shape + values.shape[2:]).index_copy(0, self.rows, values)
 
     def _beside_labels(self, values: Tensor) -> Tensor:
         out = values.new_zeros(self.labels.shape)
@@ -148,11 +154,12 @@ def score_all(
     size: int,
     trim: Trim,
     with_rank: bool = False,
+    with_top: int = 0,
 ) -> Recorded:
     """Scores every token in ``scored``, ``size`` rows of similar length at a time."""
     found = None
     for rows in attention.sum(-1).argsort(stable=True).split(size):
-        part = Cut.of(input_ids, attention, scored, rows, trim).score(model, with_rank)
+        part = Cut.of(input_ids, attention, scored, rows, trim).score(model, with_rank, with_top=with_top)
         found = part if found is None else _sum(found, part)
     return found
 
@@ -226,14 +233,19 @@ def by_length(batches: Sequence[Mapping[str, Any]], lengths: Sequence[Tensor]) -
     """The same completions in as many micro-batches of the same sizes, short ones first.
 
     Args:
-        batches: tensors by name, rows are completions; what has no rows is taken from the micro-batch in its place.
+        batches: tensors and lists by name, rows are completions; what has no rows is taken from the micro-batch in its place.
         lengths: (B,) for each.
     """
     sizes = [len(length) for length in lengths]
     order = torch.cat(list(lengths)).argsort(stable=True)
     out: list[dict[str, Any]] = [dict(batch) for batch in batches]
     for name, value in batches[0].items():
-        if isinstance(value, Tensor) and value.dim() and len(value) == sizes[0]:
+        if isinstance(value, list) and len(value) == sizes[0]:
+            whole = [item for batch in batches for item in batch[name]]
+            whole = [whole[i] for i in order.tolist()]
+            for batch, end, size in zip(out, accumulate(sizes), sizes, strict=True):
+                batch[name] = whole[end - size : end]
+        elif isinstance(value, Tensor) and value.dim() and len(value) == sizes[0]:
             whole = torch.cat([batch[name] for batch in batches])[order]
             for batch, part in zip(out, whole.split(sizes), strict=True):
                 batch[name] = part

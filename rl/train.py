@@ -29,6 +29,8 @@ from rl.evaluate import Evaluation
 from rl.farewell import farewell, flat_metrics, show_evaluations
 from rl.preflight.brief import Ready, before_training
 from rl.prepare import check, read, refuse_secrets, to_resume, write
+from rl.probes import Probes
+from rl.problems import Problems
 from rl.quiet import quiet
 from rl.rank import attempt
 from rl.recorder import Recorder
@@ -182,14 +184,17 @@ def _train_in(folder: Path, cfg, ready: Ready, stop: StopSignal, model, started:
         rewind(folder, int(newest.name.rpartition("-")[2]) if newest else 0)
         if newest:
             print(f"resumes   {newest}", flush=True)
-    recorder = Recorder(folder / "rollouts", every=cfg.record.every, max_rows=cfg.record.max_rows)
+    r = cfg.record
+    recorder = Recorder(folder / "rollouts", every=r.every, max_rows=r.max_rows, alternatives=r.alternatives)
     watches = build.watches(cfg)
     with _tracker(folder, cfg) as tracker:
-        alarms = None if tracker is None else Alarms(folder, watches, getattr(tracker, "alert", None))
+        alarms = None if tracker is None else Alarms(folder, watches, tracker.alert)
         sink = None if tracker is None else _sink(cfg, ready, recorder, tracker, alarms)
         if newest and from_first(alarms and alarms.stopped_by):  # stopped again in the evaluation after that
             ready.args.max_steps = manifest_of(newest)["step"]
         trainer = _trainer(cfg, ready, model, recorder, checkpoints, sink)
+        if r.every and r.probes:
+            trainer.add_callback(_probes(cfg, folder, trainer, next(iter(sets.values()))))
         trainer.add_callback(StopAtBoundary(stop, trainer.accelerator.device))
         action = TakeAction(alarms, trainer.accelerator.device)
         if any({"checkpoint", "stop"} & set(watch.actions) for watch in watches.values()):
@@ -256,6 +261,15 @@ def _trainer(cfg, ready: Ready, model, recorder: Recorder, checkpoints, sink: Wi
         answers=ready.problems.answers,
         sampler=build.sampler(cfg, model, ready.args, ready.pipeline),
         train_share=cfg.rollout.train_share,
+    )
+
+
+def _probes(cfg, folder: Path, trainer: EntropyTrainer, main: Problems) -> Probes:
+    r, rows = cfg.record, main.heldout[: cfg.record.probes]
+    if rank() == 0 and len(rows) < r.probes:
+        print(f"probes    {len(rows)} instead of record.probes={r.probes}: {main.name} has no more to evaluate on here")
+    return Probes(
+        trainer, folder / "probes", rows, main.grader, every=r.every, seed=cfg.seed, alternatives=r.alternatives
     )
 
 

@@ -29,7 +29,8 @@ from rl.dynamics import Dynamics, Histogram
 from rl.groups import leave_out, mean_logps, only_votes, trained_of_group
 from rl.meter import Meter, distinct_answers, policy_means, reward_means, sampling_means
 from rl.pipeline import Pipeline
-from rl.recorder import Recorder, texts_of
+from rl.recorder import Recorder
+from rl.recording import Recording
 from rl.resume import ResumableTrainer
 from rl.scoring import HiddenTap, Recorded, Reference, WithRank, add_scoring, base_of, check_full_kl
 from rl.seam import check_seam
@@ -101,13 +102,11 @@ class EntropyTrainer(ResumableTrainer):
             callbacks=callbacks,
             rollout_func=self._sample if sampler is not None else None,
         )
-        self.pipeline, self.dynamics, self.recorder = pipeline, dynamics or Dynamics(None), recorder
+        self.pipeline, self.dynamics = pipeline, dynamics or Dynamics(None)
         self.sinks, self.answers, self.sampler = list(sinks), answers, sampler
         self.trained = trained_of_group(train_share, args)  # completions of each group
         self.meter = Meter(self.accelerator.device)
-        if recorder is not None:
-            per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
-            recorder.share(self.accelerator.process_index, per_step)
+        self.recording = None if recorder is None else Recording(self, recorder)
         self._open: dict | None = None  # the inputs of the loss under way
         self._signal: Signal | None = None
         self._passes: list[Recorded] | None = None  # computed at the rollout under way
@@ -162,6 +161,8 @@ class EntropyTrainer(ResumableTrainer):
         if ahead:
             for batch in batches:
                 self._run_ahead(batch)
+            if self.recording is not None and not fresh:
+                self.recording.before_loss()
         order = self.savings.order_ahead if ahead else self.savings.order
         if size > 1 and order and not self._is_vlm:
             batches = by_length(
@@ -305,9 +306,8 @@ class EntropyTrainer(ResumableTrainer):
         if self.model.training:
             self.meter.add(signal.metrics)
             self.dynamics.observe(tokens, signal, self._lr())
-            if self.recorder is not None and self.recorder.due(self.state.global_step + 1):
-                texts = texts_of(self.processing_class, inputs, tokens.mask, self.reward_func_names)
-                self.recorder.observe(self.state.global_step + 1, tokens, signal, **texts)
+            if self.recording is not None:
+                self.recording.observe(inputs, tokens, signal)
         return signal
 
     @staticmethod
@@ -346,6 +346,8 @@ class EntropyTrainer(ResumableTrainer):
                 self._rollout_entropy = output["old_entropy"][mask]
             self.meter.add(reward_means(rewards, self.reward_func_names, weights) | sampling_means(output, mask))
         self.meter.add_rollout(time.perf_counter() - start, tokens)
+        if self.recording is not None and self.model.training:
+            self.recording.at_rollout(output)
         return output
 
     def _groups(self, rows: int) -> Tensor:

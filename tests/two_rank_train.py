@@ -138,7 +138,9 @@ def same_micro_batches(world: int, steps: int):
     def arranged(rollout):
         rows = len(rollout["completion_ids"])
         order = torch.arange(rows) if world == 2 else torch.arange(rows).view(2, steps, -1).transpose(0, 1).flatten()
-        return {k: v[order] if v.dim() else v for k, v in rollout.items()}
+        return {
+            k: [v[i] for i in order] if isinstance(v, list) else v[order] if v.dim() else v for k, v in rollout.items()
+        }
 
     module = trl.trainer.grpo_trainer
     before, module.shuffle_sequence_dict = module.shuffle_sequence_dict, arranged

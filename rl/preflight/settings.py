@@ -126,7 +126,7 @@ def check_settings(
 
 
 _FLAGS = ("dry_run", "run.overwrite", "eval.before", "eval.after", "eval.greedy")
-_LEAST = {"record.every": 0, "record.max_rows": 1, "record.show": 0}
+_LEAST = {"record.every": 0, "record.max_rows": 1, "record.show": 0, "record.alternatives": 0, "record.probes": 0}
 
 
 def _check_kinds(cfg: DictConfig, section: Section) -> None:

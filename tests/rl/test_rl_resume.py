@@ -1,8 +1,9 @@
-"""Stopped at any step and resumed is the same as never stopped: parameters and series, to the last bit."""
+"""Stopped at any step and resumed is the same as never stopped: parameters, series and records, to the last bit."""
 
 import resource
 from contextlib import contextmanager
 
+import pandas as pd
 import pytest
 import torch
 from datasets import IterableDataset
@@ -11,12 +12,14 @@ from transformers import AutoModelForCausalLM, Qwen3Config, TrainerCallback
 
 from data import countdown
 from rl import resume
-from rl.checkpoint import Checkpoints, newest_good
+from rl.checkpoint import Checkpoints, newest_good, rewind
 from rl.contract import Mean
 from rl.dynamics import Dynamics
 from rl.errors import CheckpointError, ConfigError, SaveError
 from rl.plugins.entropy_band import EntropyBand
 from rl.plugins.fork_mask import ForkMask
+from rl.probes import Probes
+from rl.recorder import Recorder
 from rl.resume import read_state, write_state
 from rl.rollout import NativeSampler
 from tiny import EntropyTrainer, grpo_config, make_trainer, save_model
@@ -71,8 +74,8 @@ def stream():
     return IterableDataset.from_generator(lambda: iter(rows()))
 
 
-def build(model, folder, case, *, every=None, max_steps=STEPS, callbacks=(), keep_last=None, **changes):
-    """A trainer with Adam, and the list its series go to."""
+def build(model, folder, case, *, every=None, max_steps=STEPS, callbacks=(), keep_last=None, record=None, **changes):
+    """A trainer with Adam, which may record and probe every step, and the list its series go to."""
     lines = []
 
     def sink(step, metrics, histograms):
@@ -81,6 +84,7 @@ def build(model, folder, case, *, every=None, max_steps=STEPS, callbacks=(), kee
 
     case = dict(case)
     extra = {"checkpoints": Checkpoints(folder, every=every, keep_last=keep_last), "sinks": [sink]}
+    extra |= {"recorder": Recorder(record / "rollouts", every=1, max_rows=9)} if record else {}
     extra |= {"callbacks": list(callbacks)} | case.pop("extra", dict)()
     plugins, dropout, data = case.pop("plugins", dict)(), case.pop("dropout", False), case.pop("data", rows)()
     options = {"optim": "adamw_torch", "learning_rate": 1e-2, "max_steps": max_steps, **case, **changes}
@@ -88,7 +92,20 @@ def build(model, folder, case, *, every=None, max_steps=STEPS, callbacks=(), kee
     if dropout:
         for layer in trainer.model.model.layers:
             layer.self_attn.attention_dropout = 0.1
+    if record:
+        problems = countdown.dataset("heldout", [3], 2, seed=0).to_list()
+        trainer.add_callback(Probes(trainer, record / "probes", problems, grade, every=1, seed=5))
     return trainer, lines
+
+
+def grade(prompts, completions, **columns):
+    return [float(len(c) % 2) for c in completions]
+
+
+def records(folder):
+    """Every recorded file by its name."""
+    found = {path.name: pd.read_parquet(path) for path in sorted((folder / "rollouts").glob("step_*"))}
+    return found | {f"probe {path.name}": pd.read_parquet(path) for path in sorted((folder / "probes").glob("step_*"))}
 
 
 def weights(trainer):
@@ -123,15 +140,22 @@ CASES = {
 def test_going_on_from_any_step_is_never_having_stopped(model, tmp_path, name):
     straight, expected = build(model, tmp_path / "straight", CASES[name])
     straight.train()
-    saving, lines = build(model, tmp_path / "saving", CASES[name], every=1)
+    saving, lines = build(model, tmp_path / "saving", CASES[name], every=1, record=tmp_path)
     saving.train()
-    assert lines == expected and len(lines) == STEPS  # saving changes nothing
+    assert lines == expected and len(lines) == STEPS  # saving and recording change nothing
     assert_equal(weights(saving), weights(straight))
+    recorded = records(tmp_path)
+    assert len(recorded) == 2 * STEPS + 1
     for step in range(1, STEPS):
-        again, lines = build(model, tmp_path / "again", CASES[name])
+        rewind(tmp_path, step)
+        again, lines = build(model, tmp_path / "again", CASES[name], record=tmp_path)
         again.train(str(tmp_path / "saving" / f"checkpoint-{step}"))
         assert lines == expected[step:]
         assert_equal(weights(again), weights(straight))
+        found = records(tmp_path)
+        assert found.keys() == recorded.keys()
+        for file, frame in found.items():
+            pd.testing.assert_frame_equal(frame, recorded[file], check_exact=True)
 
 
 @pytest.mark.parametrize("step", [2, 3])

@@ -1,16 +1,21 @@
-"""Two ranks go on exactly too, each with its own rollouts: data parallel, ZeRO-2, ZeRO-3."""
+"""Two ranks go on exactly too, each with its own rollouts, and recorded or not: data parallel, ZeRO-2, ZeRO-3."""
 
 import json
 import os
+from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from data import countdown
 from ranks import two_ranks
 from rl.checkpoint import Checkpoints, manifest_of, newest_good
 from rl.errors import CheckpointError, ConfigError
 from rl.plugins.fork_mask import ForkMask
+from rl.probes import Probes
+from rl.recorder import Recorder
 from tiny import EntropyTrainer, make_trainer, save_model
 
 STEPS, MIDDLE = 5, 3  # two updates on each rollout: step 3 is between the two on the second
@@ -35,7 +40,7 @@ def join(stage, folder):
     return {"ddp_backend": "gloo", "use_cpu": False}
 
 
-def build(model, folder, changes, max_steps=STEPS):
+def build(model, folder, changes, record=None):
     lines = []
 
     def sink(step, metrics, histograms):
@@ -46,10 +51,17 @@ def build(model, folder, changes, max_steps=STEPS):
         model,
         folder,
         {"mask": ForkMask(rho=0.8, scope="rollout")},
-        extra={"checkpoints": Checkpoints(folder, every=MIDDLE, keep_last=None), "sinks": [sink]},
+        extra={
+            "checkpoints": Checkpoints(folder, every=MIDDLE, keep_last=None),
+            "sinks": [sink],
+            "recorder": record and Recorder(record / "rollouts", every=1, max_rows=9),  # of 16: 8 and 1
+        },
         **{"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_iterations": 2, "beta": 0.1},
-        **{"optim": "adamw_torch", "learning_rate": 1e-2, "max_steps": max_steps, **changes},
+        **{"optim": "adamw_torch", "learning_rate": 1e-2, "max_steps": STEPS, **changes},
     )
+    if record:
+        problems = countdown.dataset("heldout", [3], 3, seed=0).to_list()
+        trainer.add_callback(Probes(trainer, record / "probes", problems, lambda **_: [1.0] * 6, every=1, seed=5))
     return trainer, lines
 
 
@@ -60,7 +72,7 @@ def whole(trainer):
 
 def straight_and_again(rank, model, folder, stage):
     changes = join(stage, folder)
-    straight, expected = build(model, f"{folder}/runs", changes)
+    straight, expected = build(model, f"{folder}/runs", changes, record=Path(folder))
     straight.train()
     weights = whole(straight)
     again, lines = build(model, f"{folder}/runs", changes)
@@ -78,6 +90,26 @@ def straight_and_again(rank, model, folder, stage):
     drawn = straight._buffered_inputs[0]["completion_ids"].sum()
     difference = max((float((weights[k] - mine[k]).abs().max()) for k in weights), default=0.0)
     return {"difference": difference, "parameters": len(mine), "expected": expected, "lines": lines, "drawn": drawn}
+
+
+def check_records(folder, loaded):
+    """Both ranks record their part, one of them probes, and both look with the weights that the checkpoint holds."""
+    names = sorted(path.name for path in (folder / "rollouts").iterdir())
+    assert names == sorted(f"step_{s:06d}{r}.parquet" for s in range(1, STEPS + 1) for r in ("", ".rank1"))
+    names = sorted(path.name for path in (folder / "probes").iterdir())
+    assert names == [f"step_{s:06d}.parquet" for s in range(STEPS + 1)]
+    both = [pd.read_parquet(folder / "rollouts" / f"step_{MIDDLE:06d}{r}.parquet") for r in ("", ".rank1")]
+    assert [len(frame) for frame in both] == [8, 1]
+    probes = pd.read_parquet(folder / "probes" / f"step_{MIDDLE:06d}.parquet")
+    rows = [
+        *pd.concat(both).rename(columns={"logp": "before", "logp_after": "logp"}).itertuples(),
+        *probes.itertuples(),
+    ]
+    for row in rows:
+        prompt, ids = countdown.tokenizer()(row.prompt)["input_ids"], row.token_ids.tolist()
+        with torch.no_grad():
+            logp = loaded(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        assert row.logp == pytest.approx(logp.gather(-1, torch.tensor(ids)[:, None]).squeeze(-1).numpy(), abs=1e-4)
 
 
 @pytest.mark.parametrize("stage", [None, 2, 3], ids=["ddp", "zero2", "zero3"])
@@ -106,6 +138,7 @@ def test_two_ranks_go_on_in_the_middle_of_a_rollout(tmp_path, stage):
         manifest["files"]
     )
     loaded = AutoModelForCausalLM.from_pretrained(path)
+    check_records(tmp_path, loaded)
     assert sum(p.numel() for p in loaded.parameters()) == sum(
         p.numel() for p in AutoModelForCausalLM.from_pretrained(model).parameters()
     )

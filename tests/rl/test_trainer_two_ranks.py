@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -123,5 +124,6 @@ def test_the_ranks_record_what_one_process_would(one, ddp, case):
     assert files == (1 if case == "penalty" else 2) and len(expected) == 10  # of 16, 12 and 32 completions a step
     columns = ["group", "completion", "reward"]
     pd.testing.assert_frame_equal(found[columns], expected[columns])
-    for own, other in zip(found["entropy"], expected["entropy"], strict=True):
-        assert own == pytest.approx(other, abs=1e-5)
+    for column in ("entropy", "logp", "old_logp", "logp_after", "rank", "top_probs"):
+        for own, other in zip(found[column], expected[column], strict=True):
+            assert len(own) == len(other) and np.stack(own) == pytest.approx(np.stack(other), abs=1e-5), column
