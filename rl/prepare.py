@@ -12,6 +12,7 @@ from rl import rundir
 from rl.config import acting_plugins, differences
 from rl.engine import Engine, engine, write_deepspeed
 from rl.errors import CheckpointError, ConfigError
+from rl.paths import configs_dir
 from rl.preflight.brief import Ready, before_training, settings_only
 from rl.redact import without_secrets
 
@@ -80,7 +81,7 @@ _NODES = (
 
 
 def read(folder: Path) -> DictConfig:
-    """The configuration of a run folder.
+    """The configuration of a run folder; what an earlier entrl did not know to record is as the default has it.
 
     Raises:
         CheckpointError: it is no run folder, or its config.yaml is no configuration.
@@ -92,6 +93,7 @@ def read(folder: Path) -> DictConfig:
         raise CheckpointError(f"{path} cannot be used: {str(error).splitlines()[0]}. Was it edited?") from error
     if missing := [node for node in _NODES if node not in cfg]:
         raise CheckpointError(f"{path} cannot be used: {missing[0]} is missing. Was it edited?")
+    cfg.record = OmegaConf.merge(OmegaConf.load(configs_dir() / "record" / "default.yaml"), cfg.record)
     return cfg
 
 

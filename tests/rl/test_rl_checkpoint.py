@@ -167,8 +167,11 @@ def test_settings_that_do_not_work(settings, message):
 
 def test_records_go_back_to_the_step_of_the_checkpoint(tmp_path):
     line = '{{"step": {}, "entropy/mean": 1.5}}\n'.format
-    metrics, rollouts = tmp_path / "metrics.jsonl", tmp_path / "rollouts"
+    metrics, rollouts, probes = (tmp_path / name for name in ("metrics.jsonl", "rollouts", "probes"))
     rollouts.mkdir()
+    probes.mkdir()
+    for step in (0, 10, 20):
+        (probes / f"step_{step:06d}.parquet").touch()
     for name in (
         "step_000001.parquet",
         "step_000010.parquet",
@@ -183,9 +186,10 @@ def test_records_go_back_to_the_step_of_the_checkpoint(tmp_path):
     assert names(rollouts) == ["step_000001.parquet", "step_000010.parquet", "step_000010.rank1.parquet"]
     before = metrics.stat().st_mtime_ns
     rewind(tmp_path, 10)
-    assert metrics.stat().st_mtime_ns == before and names(tmp_path) == ["metrics.jsonl", "rollouts"]
+    assert metrics.stat().st_mtime_ns == before and names(tmp_path) == ["metrics.jsonl", "probes", "rollouts"]
+    assert names(probes) == ["step_000000.parquet", "step_000010.parquet"]
     rewind(tmp_path, 0)
-    assert metrics.read_text() == "" and names(rollouts) == []
+    assert metrics.read_text() == "" and names(rollouts) == [] and names(probes) == ["step_000000.parquet"]
     rewind(tmp_path / "rollouts", 0)  # nothing was written yet
 
 

@@ -50,6 +50,8 @@ PLANTED = {
     "eval.ks=[1,64]": "eval.ks=[1, 64] does not fit eval.samples=16",
     "model.dtype=fp16": "model.dtype=fp16 is not known",
     "record.every=-1": "record.every=-1 does not work",
+    "record.alternatives=-1": "record.alternatives=-1 does not work. Expected a whole number of at least 0",
+    "record.probes=4.5": "record.probes=4.5 does not work. Expected a whole number of at least 0",
     "engine.threads=0": "engine.threads=0 does not work",
     "logger.mode=onlin": "logger.mode=onlin is not known",
     "run.name=taken": "exists already",

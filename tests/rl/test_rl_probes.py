@@ -1,14 +1,18 @@
+import json
 import math
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from omegaconf import OmegaConf
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from command_line import entrl, train
 from data import countdown
 from rl.probes import Probes, first_completions
 from rl.recorder import write_rows
+from rl.report.reading import read_run
 from rl.rollout import NativeSampler
 from tiny import EntropyTrainer, grpo_config, make_trainer, save_model
 
@@ -107,3 +111,29 @@ def test_probing_changes_nothing(model, tmp_path):
         assert layer.gradient_checkpointing and layer._gradient_checkpointing_func.keywords == how
     for a, b in zip(plain.model.parameters(), seen.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_run_of_an_earlier_entrl_goes_on_with_what_is_recorded_now(tmp_path, capsys):
+    asked = ["eval.before=false", "eval.after=false", "checkpoint.every=2", "record.probes=1000"]
+    assert train(tmp_path, *asked) == 0
+    assert "probes    6 instead of record.probes=1000: countdown has no more" in capsys.readouterr().out
+    folder = tmp_path / "it"
+    assert read_run(folder).probed == [0, 1, 2] and len(read_run(folder).probes(2)) == 12
+    cfg = OmegaConf.load(folder / "config.yaml")
+    cfg.record, cfg.trainer.max_steps = {k: cfg.record[k] for k in ("every", "max_rows", "show")}, 3
+    OmegaConf.save(cfg, folder / "config.yaml")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["format"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    new = ["rank", "old_logp", "logp_after", "top_ids", "top_tokens", "top_probs"]
+    for path in (folder / "rollouts").iterdir():
+        pd.read_parquet(path).drop(columns=new).to_parquet(path)
+    for path in (folder / "probes").iterdir():
+        path.unlink()
+    assert entrl("resume", str(folder)) == 0
+    run = read_run(folder)
+    assert run.format == 1 and run.recorded == [1, 2, 3] and run.probed == [3]
+    assert not set(new) & set(run.rollouts(2)) and set(new) <= set(run.rollouts(3))
+    probes = run.probes(3)  # the first of this run, so that its own completions are the fixed ones
+    assert probes["kind"].tolist() == ["fixed"] * 4 + ["fresh"] * 4
+    assert probes["completion"][:4].tolist() == probes["completion"][4:].tolist()

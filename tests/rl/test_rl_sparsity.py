@@ -308,6 +308,8 @@ def test_cut_keeps_what_is_scored_and_puts_it_back():
     values = torch.arange(100.0, 108.0).view(2, 4)
     placed = cut._place(values)
     assert placed[1, 0] == values[0, 1] and placed[3, 2] == values[1, 3] and placed[[0, 2]].eq(0).all()
+    placed = cut._place(torch.stack([values, -values], -1))  # several numbers a token
+    assert placed.shape == (4, 6, 2) and placed[3, 2].tolist() == [values[1, 3], -values[1, 3]]
     untrimmed = Cut.of(ids, attention, scored, rows_in(scored), Trim(False, False))
     assert untrimmed.ids.shape == (2, 10)
 
@@ -324,6 +326,7 @@ def test_order_by_length_keeps_rows_together():
     scored[2][1] = False
     batches = [
         {"scored": s, "prompt_mask": torch.ones(3, 2), "row": torch.arange(3) + 10 * i, "n": torch.tensor(7.0)}
+        | {"text": [str(10 * i + row) for row in range(3)]}
         for i, s in enumerate(scored)
     ]
     for b in batches:
@@ -337,6 +340,7 @@ def test_order_by_length_keeps_rows_together():
     assert lengths[0] == 0
     for batch in ordered:
         assert batch["n"] == 7 and len(batch["row"]) == 3
+        assert batch["text"] == [str(row) for row in batch["row"].tolist()]
         for row, s in zip(batch["row"].tolist(), batch["scored"], strict=True):
             assert torch.equal(s, scored[row // 10][row % 10])
 
