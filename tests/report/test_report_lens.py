@@ -212,7 +212,7 @@ def test_pointing_and_tabbing_show_alternatives_and_numbers(opened):
         "rank\n3",
         "kept\nno, dropped",
         "weight\n1",
-        "change since the rollout\n0.001 nats",
+        "change of logp\n0.001 nats",
     ):
         assert fact in said, fact
     page.find("#prompt summary").click()
@@ -243,6 +243,7 @@ def test_keys_move_jump_between_forks_and_pin(opened):
 
 def test_the_slider_shows_the_same_token_at_another_step(opened):
     page = opened(side(probes={s: probes(s) for s in (0, 10, 20)}, rollouts={20: rollouts(20, ["a"])}))
+    assert page.find("#prompts .mean").text == "1.00"  # of the fresh completion; the fixed one has 0
     page.run("focusToken(cards[0], 6)")
     assert "entropy\n1.5 nats" in dock(page) and "fixed" in page.find("#sides").text
     before = page.run("return document.querySelectorAll('.t')[6].style.background")

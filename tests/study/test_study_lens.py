@@ -104,21 +104,21 @@ def test_what_is_drawn_is_described_token_by_token(model):
     policy, tokenizer = model
     policy.train()
     state = torch.random.get_rng_state()
-    decoding = Decoding(max_new_tokens=24, temperature=0.8, batch_size=2)
-    frames = drawn(policy, tokenizer, ["1 2 3 4 > 10 :", "5 5 > 10 :"], decoding, samples=3, seed=7)
+    decoding = Decoding(max_new_tokens=24, temperature=4.0, batch_size=4)
+    frames = drawn(policy, tokenizer, ["1 2 3 4 > 10 :", "5 5 > 10 :"], decoding, samples=6, seed=7)
     assert policy.training and torch.equal(state, torch.random.get_rng_state())
     policy.eval()
-    again = drawn(policy, tokenizer, ["1 2 3 4 > 10 :"], decoding, samples=3, seed=7)
+    again = drawn(policy, tokenizer, ["1 2 3 4 > 10 :"], decoding, samples=6, seed=7)
     pd.testing.assert_frame_equal(frames[0], again[0])
-    assert [len(frame) for frame in frames] == [3, 3]
-    assert len({c for frame in frames for c in frame["completion"]}) > 2
+    assert [len(frame) for frame in frames] == [6, 6]
+    assert frames[0]["tokens"].map(len).nunique() > 1  # some end before the others of their batch
     for row in pd.concat(frames).itertuples():
         prompt = tokenizer(row.prompt)["input_ids"]
         ids = torch.tensor([prompt + row.token_ids])
-        known = score(policy, ids, torch.ones_like(ids), len(row.token_ids), 0.8)
+        known = score(policy, ids, torch.ones_like(ids), len(row.token_ids), 4.0)
         assert row.logp == pytest.approx(known.logp[0].tolist(), abs=1e-4)
         assert row.entropy == pytest.approx(known.entropy[0].tolist(), abs=1e-4)
-        assert row.token_ids.count(tokenizer.eos_token_id) <= 1
+        assert tokenizer.eos_token_id not in row.token_ids[:-1]
         for token, rank, logp, ids, texts, probs in zip(
             row.token_ids, row.rank, row.logp, row.top_ids, row.top_tokens, row.top_probs, strict=True
         ):

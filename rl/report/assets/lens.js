@@ -222,7 +222,7 @@ function meltBox(side) {
     state.at = {side, card: card.number, i: Math.floor(event.offsetX / drawn.clientWidth * card.row.t.length)};
     chooseStep(step);
   });
-  return entrl.element("div", {class: "melting muted"}, "The fixed completion over all steps: a line each step, the first on top; a column each token. Watch columns fade.", drawn);
+  return entrl.element("div", {class: "melting muted"}, `The fixed completion from step ${view.steps[0]} (top) to ${view.steps.at(-1)}: a line each step, a column each token. Watch columns fade.`, drawn);
 }
 
 async function melt() {
@@ -298,8 +298,8 @@ function describe(card, i) {
   const special = data.special.includes(t) ? ", special" : "";
   by("token-where").textContent = `token ${i + 1} of ${row.n}, id ${data.ids[t]}${special}${state.pinned ? "; pinned (Escape)" : ""}`;
   by("token-top").replaceChildren(...choices(card, i));
-  const facts = [["entropy", row.h?.[i], "nats"], ["probability", row.lp?.[i] == null ? null : 100 * Math.exp(row.lp[i]), "%"], ["logp", row.lp?.[i], "nats"], ["logp at the rollout", row.op?.[i], "nats"],
-    ["change since the rollout", row.d?.[i], "nats"], ["rank", row.r?.[i], ""], ["kept", row.k ? (row.k[i] ? "yes" : "no, dropped") : null, ""], ["weight", each(row.w, i), ""], ["advantage \u00d7 weight", each(row.s, i), ""]];
+  const facts = [["entropy", row.h?.[i], "nats"], ["probability", row.lp?.[i] == null ? null : 100 * Math.exp(row.lp[i]), "%"], ["logp", row.lp?.[i], "nats"], ["logp, rollout", row.op?.[i], "nats"],
+    ["change of logp", row.d?.[i], "nats"], ["rank", row.r?.[i], ""], ["kept", row.k ? (row.k[i] ? "yes" : "no, dropped") : null, ""], ["weight", each(row.w, i), ""], ["advantage \u00d7 weight", each(row.s, i), ""]];
   by("token-numbers").replaceChildren(...facts.filter(([, value]) => value != null).flatMap(([name, value, unit]) =>
     [entrl.element("dt", {}, name), entrl.element("dd", {}, typeof value === "string" ? value : paint.number(value, 4) + (unit ? " " + unit : ""))]));
 }
