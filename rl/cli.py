@@ -164,13 +164,10 @@ def _sync(arguments: Arguments, argv: Sequence[str]) -> int:
 
 
 def _eval(arguments: Arguments, argv: Sequence[str]) -> int:
-    from rl.config import compose
+    from rl.eval_run import config_for, run_eval
 
-    cfg = compose(arguments.overrides, arguments.config_dir)
-    from rl.eval_run import eval_config, run_eval
-
-    evaluated = eval_config(arguments.target, cfg, arguments.overrides)
-    run_eval(arguments.target, evaluated, arguments.flags.get("--out"), arguments.overrides)
+    cfg = config_for(arguments.target, arguments.overrides, arguments.config_dir)
+    run_eval(arguments.target, cfg, arguments.flags.get("--out"), arguments.overrides)
     return 0
 
 

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rl import build, harness, rundir
-from rl.config import did_you_mean
+from rl.config import compose, did_you_mean
 from rl.draw import prompt_ids
 from rl.errors import ConfigError
 from rl.eval_view import Drawing, show_problems, show_sets, show_tasks
@@ -193,6 +193,18 @@ def with_tokenizer(path: str) -> str:
 def plain_name(name: str) -> str:
     """A name for a file."""
     return "".join(c if c.isalnum() or c in "-._" else "_" for c in name).strip("_.")
+
+
+def config_for(target: str | None, overrides: Sequence[str], config_dir: str | None) -> DictConfig:
+    """The configuration to look at a model with: a run folder's own (:func:`eval_config`); a saved or a hub model does not get the
+    lengths and options of the embedded one, unless ``model=`` says so."""
+    named = {o.lstrip("+~").split("=")[0] for o in overrides}
+    own = target is None or (Path(target) / "config.yaml").is_file() or target.startswith("builtin:")
+    if own or "model" in named:
+        return eval_config(target, compose(overrides, config_dir), overrides)
+    cfg = compose(["model=local", "model.path=null", *overrides], config_dir)
+    cfg.model.path = target  # not by an override, in which quotes would have a meaning
+    return eval_config(target, cfg, overrides)
 
 
 def eval_config(target: str | None, cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:

@@ -15,6 +15,7 @@ from rl.config import compose, differences
 from rl.redact import without_secrets
 from rl.report.charts import MAX_POINTS, bin_of_steps, finite
 from rl.report.reading import Run
+from rl.report.text import visible
 from rl.wandb_run import read_lines
 
 _TOO_LONG = 1500  # characters of a reason or a value that are shown
@@ -53,10 +54,10 @@ class Measured:
         return f"{self.value:.3f}" + (f" ({self.interval})" if self.interval else "")
 
 
-def visible(text: object, at_most: int = _TOO_LONG) -> str:
+def shown(text: object, at_most: int = _TOO_LONG) -> str:
     """Text for a page: control characters as escapes, the middle of a very long one left out."""
-    shown = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in str(text))
-    return shown if len(shown) <= at_most else f"{shown[: at_most // 2]} [...] {shown[-at_most // 2 :]}"
+    found = visible(str(text), lines=True)
+    return found if len(found) <= at_most else f"{found[: at_most // 2]} [...] {found[-at_most // 2 :]}"
 
 
 def setting(config: Any, key: str, default: Any = None) -> Any:
@@ -71,16 +72,14 @@ def setting(config: Any, key: str, default: Any = None) -> Any:
 def names(config: Any, group: str) -> list[str]:
     """The members of a group as ``plugin`` or ``reward``, however an editor left it."""
     value = setting(config, group) or []
-    return (
-        [visible(v, 80) for v in ([value] if isinstance(value, str) else value)] if isinstance(value, Iterable) else []
-    )
+    return [shown(v, 80) for v in ([value] if isinstance(value, str) else value)] if isinstance(value, Iterable) else []
 
 
 def ending(run: Run) -> tuple[str, str]:
     """How the run ended, in a word and a sentence."""
     if run.state in ("failed", "stopped"):
         reason = (run.folder / run.state.upper()).read_text(encoding="utf-8", errors="replace").strip()
-        return run.state, visible(reason)
+        return run.state, shown(reason)
     last = _number(run.metrics["time/at"].max()) if "time/at" in run.metrics and len(run.metrics) else None
     when = f"; its last step is of {datetime.fromtimestamp(last, UTC):%Y-%m-%d %H:%M} UTC" if last else ""
     return run.state, "" if run.state == "done" else f"it has not ended, or was killed hard{when}"
@@ -96,19 +95,19 @@ def alarms(run: Run) -> list[Alarm]:
     found: dict[str, list[Mapping[str, Any]]] = {}
     for line in read_lines(run.folder / "alarms.jsonl"):
         if isinstance(line, Mapping) and isinstance(line.get("step"), int):
-            found.setdefault(visible(line.get("alarm", "alarm"), 80), []).append(line)
+            found.setdefault(shown(line.get("alarm", "alarm"), 80), []).append(line)
     return [
-        Alarm(name, [line["step"] for line in raised], visible(raised[0].get("text", "")))
+        Alarm(name, [line["step"] for line in raised], shown(raised[0].get("text", "")))
         for name, raised in found.items()
     ]
 
 
 def evaluations(run: Run) -> dict[str, dict[str, dict[str, Measured]]]:
     """By set, "before" or "after" and measure."""
-    main = visible(setting(run.config, "data.name", "held-out"), 80)
+    main = shown(setting(run.config, "data.name", "held-out"), 80)
     sets = run.summary.get("sets") or {main: run.summary.get("eval") or {}}
     return {
-        visible(name, 80): {when: _measured(values) for when, values in of_set.items() if values}
+        shown(name, 80): {when: _measured(values) for when, values in of_set.items() if values}
         for name, of_set in sets.items()
         if isinstance(of_set, Mapping) and any(of_set.values())
     }
@@ -197,16 +196,14 @@ def changed(run: Run) -> tuple[list[tuple[str, str, str]], str]:
     except Exception as error:  # of any kind: a broken file in configs/local is no reason to have no page
         return (
             [],
-            f"The default configuration cannot be composed, so there is nothing to compare with: {visible(error)}",
+            f"The default configuration cannot be composed, so there is nothing to compare with: {shown(error)}",
         )
     found = differences(OmegaConf.create(own), OmegaConf.create(default))
-    rows = [(visible(k, 200), _cell(a), _cell(b)) for k, (a, b) in found.items() if k not in ("run.name", "run.dir")]
+    rows = [(shown(k, 200), _cell(a), _cell(b)) for k, (a, b) in found.items() if k not in ("run.name", "run.dir")]
     other = setting(run.manifest, "versions.entrl")
     here = _entrl()
     note = (
-        f"Written by entrl {visible(other, 40)}, compared with the default of {here}."
-        if other and other != here
-        else ""
+        f"Written by entrl {shown(other, 40)}, compared with the default of {here}." if other and other != here else ""
     )
     return rows, note
 
@@ -220,7 +217,7 @@ def _entrl() -> str:
 def _cell(value: Any) -> str:
     if value is None:
         return "-"
-    return visible(str(value).lower() if isinstance(value, bool) else value, 300)
+    return shown(str(value).lower() if isinstance(value, bool) else value, 300)
 
 
 def origin(run: Run) -> list[tuple[str, str]]:
@@ -241,7 +238,7 @@ def origin(run: Run) -> list[tuple[str, str]]:
         ("folder format", run.format),
     ]
     rows += [(name, version) for name, version in (m.get("versions") or {}).items() if version]
-    return [(visible(name, 80), visible(value, 300)) for name, value in rows if value is not None]
+    return [(shown(name, 80), shown(value, 300)) for name, value in rows if value is not None]
 
 
 def mean_of(frame: pd.DataFrame) -> int:
@@ -252,7 +249,7 @@ def mean_of(frame: pd.DataFrame) -> int:
 def command(run: Run) -> str:
     """The command line that started it, secrets masked; empty where it is not known."""
     path = run.folder / "command.sh"
-    return visible(path.read_text(encoding="utf-8", errors="replace").strip()) if path.is_file() else ""
+    return shown(path.read_text(encoding="utf-8", errors="replace").strip()) if path.is_file() else ""
 
 
 def _number(value: Any) -> float | None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from rl.forecast import fit
 from rl.report.charts import Chart, finite, line, over_steps, thin
 from rl.report.page import numbers
 
@@ -43,10 +43,6 @@ def law(frame: pd.DataFrame) -> Chart:
 
 
 def _fitted(both: pd.DataFrame, right: float) -> tuple[list[dict[str, Any]], str]:
-    if find_spec("rl.forecast") is None:
-        return [], ""
-    from rl.forecast import fit
-
     found = fit(both["h"].tolist(), both["r"].tolist())
     if found is None:
         return [], "Too few steps, or too little movement of the entropy, for a forecast."

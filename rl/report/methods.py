@@ -10,7 +10,20 @@ from typing import Any
 from rl.report.reading import Run
 
 # Where a run lies, who watches it and which machine has it: none of it changes what is trained.
-_BOOKKEEPING = ("run", "logger", "launcher", "slurm", "record", "checkpoint", "resume", "dry_run", "probe", "alarm")
+# changes nothing that is trained
+BOOKKEEPING = (
+    "run",
+    "logger",
+    "launcher",
+    "slurm",
+    "record",
+    "checkpoint",
+    "resume",
+    "dry_run",
+    "alarm",
+    "forks",
+    "passport",
+)
 _PARTS = ("plugin", "reward")  # groups of named parts: a part's settings differ only between runs that have it
 ABSENT = "-"
 
@@ -64,7 +77,7 @@ def settings(config: Mapping[str, Any]) -> dict[str, str]:
             out[key] = _word(value)
 
     for name, value in config.items():
-        if name not in _BOOKKEEPING:
+        if name not in BOOKKEEPING:
             walk(value, name)
     return out
 

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from rl.report.page import numbers, write_page
+from rl.report.text import word as shown_token
 
 
 def write_passport(out: Path, found: Mapping[str, Any]) -> Path:
     """Write the page of what :func:`rl.study.passport.passport` found."""
     words = [
-        {**word, "shown": visible(word["token"]), "bar": round(100 * word["mean"] / found["forking"][0]["mean"], 1)}
+        {**word, "shown": shown_token(word["token"]), "bar": round(100 * word["mean"] / found["forking"][0]["mean"], 1)}
         for word in found["forking"]
     ]
     context = {
@@ -23,12 +24,6 @@ def write_passport(out: Path, found: Mapping[str, Any]) -> Path:
         "half": (len(words) + 1) // 2,
     }
     return write_page(out, "passport.html.j2", context, {"charts": _charts(found)}, charts=True)
-
-
-def visible(token: str) -> str:
-    """A token's text with spaces, line breaks and control characters made visible."""
-    named = {" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍"}
-    return "".join(named.get(c) or (c if c.isprintable() else f"\\x{ord(c):02x}") for c in token) or "(nothing)"
 
 
 def card(found: Mapping[str, Any]) -> str:
@@ -47,7 +42,7 @@ def card(found: Mapping[str, Any]) -> str:
         "completion length, tokens": f"{found['len']:.1f}, {found['truncated']:.1%} truncated",
         "last hidden states": f"RankMe {_number(geometry['rankme'])} of {geometry['dimensions']}, alpha-ReQ {_number(geometry['alpha'])} ({geometry['states']} prompts)",
         "forking vocabulary": ", ".join(
-            f"`{visible(word['token']).replace('`', '´')}`" for word in found["forking"][:12]
+            f"`{shown_token(word['token']).replace('`', '´')}`" for word in found["forking"][:12]
         ),
     }
     lines = [f"| {name} | {value.replace('|', chr(92) + '|')} |" for name, value in rows.items()]

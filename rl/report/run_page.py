@@ -50,7 +50,7 @@ def _context(run: Run, out: Path) -> dict[str, Any]:
     changed, note = facts.changed(run)
     split = facts.time_split(run)
     return {
-        "title": facts.visible(run.name, 200),
+        "title": facts.shown(run.name, 200),
         "state": word,
         "reason": reason,
         "setup": _setup(run),
@@ -77,7 +77,7 @@ def _setup(run: Run) -> list[tuple[str, str]]:
         ("rewards", ", ".join(facts.names(c, "reward"))),
         ("steps", f"{done} of {planned}" if planned is not None else str(done)),
     ]
-    return [(name, facts.visible(value, 200)) for name, value in rows if value]
+    return [(name, facts.shown(value, 200)) for name, value in rows if value]
 
 
 def _links(run: Run, out: Path) -> list[tuple[str, str]]:

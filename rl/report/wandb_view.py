@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rl.errors import ReportError
+from rl.report.methods import BOOKKEEPING
 from rl.report.reading import Run
 from rl.report.wandb_runs import address, asking
 from rl.wandb_run import plugins, set_names
@@ -19,15 +20,6 @@ if TYPE_CHECKING:
 X = "train/global_step"
 PLUGINS = "entrl.plugins"  # in the configuration that W&B gets, see rl.wandb_run.about
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00", "#4b8fc9", "#6b5b95", "#555e6b")  # as in our pages
-_BOOKKEEPING = (
-    "run",
-    "logger",
-    "launcher",
-    "slurm",
-    "record",
-    "checkpoint",
-    "resume",
-)  # changes nothing that is trained
 _KEYS = 3  # W&B nests a level for each key that it groups by
 
 _MEASURES = {
@@ -234,7 +226,7 @@ def group_keys(groups: Mapping[str, Sequence[Run]]) -> list[str]:
     configs = [run.config for of in groups.values() for run in of]
     sweeps = {config.get("run", {}).get("group") for config in configs}
     keys = dict.fromkeys(
-        key for of in flat.values() for leaves in of for key in leaves if key.split(".")[0] not in _BOOKKEEPING
+        key for of in flat.values() for leaves in of for key in leaves if key.split(".")[0] not in BOOKKEEPING
     )
     settings = [key for key in keys if tells_apart(key)]
     methods = [PLUGINS] if len({plugins(config) for config in configs}) > 1 or not settings else []

@@ -11,10 +11,9 @@ from omegaconf import DictConfig
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rl import build
-from rl.config import compose
 from rl.draw import Decoding, end_ids, prompt_ids, undisturbed
 from rl.errors import CheckpointError, ConfigError
-from rl.eval_run import eval_config, limited
+from rl.eval_run import config_for, limited
 from rl.paths import find_model
 from rl.problems import problem_sets
 from rl.quiet import quiet
@@ -38,7 +37,7 @@ def lens_of_model(
     quiet()
     path = find_model(target)
     named = {o.lstrip("+~").split("=")[0] for o in overrides}
-    cfg = eval_config(target, compose(overrides, config_dir), overrides)
+    cfg = config_for(target, overrides, config_dir)
     cfg.eval.samples = cfg.eval.samples if "eval.samples" in named else _SAMPLES
     cfg.eval.limit = cfg.eval.limit if "eval.limit" in named else _PROMPTS
     cfg.eval.ks = [1]

@@ -13,10 +13,10 @@ from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 
 from rl import build
-from rl.config import compose, did_you_mean
+from rl.config import did_you_mean
 from rl.draw import Decoding, prompt_ids
 from rl.errors import ConfigError
-from rl.eval_run import eval_config, plain_name, with_tokenizer
+from rl.eval_run import config_for, plain_name, with_tokenizer
 from rl.eval_view import Drawing
 from rl.paths import find_model
 from rl.problems import graders, problem_sets
@@ -94,18 +94,6 @@ def show_forks(
     write_forks(report, page)
     write_json(page.with_suffix(".json"), report)
     return page
-
-
-def config_for(target: str, overrides: Sequence[str], config_dir: str | None) -> DictConfig:
-    """The configuration to look at a model with: a run folder's own; any other model's than the embedded one does not get the
-    lengths and options that suit the embedded one."""
-    named = {o.lstrip("+~").split("=")[0] for o in overrides}
-    own = (Path(target) / "config.yaml").is_file() or target.startswith("builtin:")
-    if own or "model" in named:
-        return eval_config(target, compose(overrides, config_dir), overrides)
-    cfg = compose(["model=local", "model.path=null", *overrides], config_dir)
-    cfg.model.path = target  # not by an override, in which quotes would have a meaning
-    return eval_config(target, cfg, overrides)
 
 
 def find_question(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, text: str | None) -> Question:

@@ -13,11 +13,10 @@ from omegaconf import DictConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rl import build, rundir
-from rl.config import compose
 from rl.draw import prompt_ids
 from rl.errors import ConfigError
 from rl.estimators import bootstrap_interval, pass_at_k
-from rl.eval_run import eval_config, eval_folder, evaluate_sets, limited, plain_name, sample_names, with_tokenizer
+from rl.eval_run import config_for, eval_folder, evaluate_sets, limited, plain_name, sample_names, with_tokenizer
 from rl.paths import find_model
 from rl.problems import problem_sets
 from rl.quiet import quiet
@@ -33,7 +32,7 @@ RANKS = (("1", 1, 1), ("2", 2, 2), ("3", 3, 3), ("4 to 5", 4, 5), ("6 to 10", 6,
 def show_passport(target: str, overrides: Sequence[str], config_dir: str | None, out: Path | None) -> Path:
     """Sample a model on held-out problems and write its passport: a page, the numbers (.json) and a block for a model card (.md).
 
-    Samples are those of ``entrl eval`` with the same settings, and are shared with it; ``eval.limit`` problems at most.
+    Samples are those of ``entrl eval`` with the same settings, and are shared with it.
 
     Returns:
         The page: ``out``, or ``passport.html`` in a run folder, or ``passport_<model>.html``.
@@ -42,14 +41,12 @@ def show_passport(target: str, overrides: Sequence[str], config_dir: str | None,
         ConfigError: several sets, or a setting that does not work.
     """
     quiet()
-    composed = compose(list(overrides), config_dir)
-    cfg = eval_config(target, composed, overrides)
-    cfg.eval.limit = composed.eval.limit
+    cfg = config_for(target, list(overrides), config_dir)
     _check(cfg)
     build.use_threads(cfg.engine.threads)
     path = find_model(target)
     tokenizer = build.tokenizer(with_tokenizer(path), cfg.model)
-    sets = limited(problem_sets(cfg, tokenizer), cfg.eval.limit)
+    sets = limited(problem_sets(cfg, tokenizer), cfg.passport.problems)
     if len(sets) > 1:
         raise ConfigError(
             f"A passport is of one set, and these are {len(sets)}: {', '.join(sets)}. Name one: --data {next(iter(sets))}."
@@ -75,7 +72,7 @@ def show_passport(target: str, overrides: Sequence[str], config_dir: str | None,
 
 
 def _check(cfg: DictConfig) -> None:
-    for key in ("tokens", "min_count"):
+    for key in ("problems", "tokens", "min_count"):
         value = cfg.passport[key]
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ConfigError(f"passport.{key}={value} does not work. Expected a whole number of at least 1.")
