@@ -8,17 +8,17 @@ from pathlib import Path
 import pandas as pd
 import torch
 from omegaconf import DictConfig
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rl import build
-from rl.draw import Decoding, end_ids, prompt_ids, undisturbed
+from rl.draw import Decoding, complete, end_ids, prompt_ids, undisturbed
 from rl.errors import CheckpointError, ConfigError
-from rl.eval_run import config_for, limited
+from rl.eval_run import config_for, limited, with_tokenizer
 from rl.paths import find_model
 from rl.problems import problem_sets
 from rl.quiet import quiet
+from rl.recording import TokenTexts, look_row
 from rl.report.lens import Side
-from rl.samples import base_of_adapters
 from rl.scoring import look
 
 _PROMPTS, _SAMPLES = 8, 4  # held-out problems, and completions of each prompt, unless the command line says otherwise
@@ -48,9 +48,7 @@ def lens_of_model(
     decoding = build.decoding(cfg)
     if not isinstance(cfg.eval.samples, int) or cfg.eval.samples < 1:
         raise ConfigError(f"eval.samples={cfg.eval.samples} does not work. Expected a number of at least 1.")
-    base = base_of_adapters(path)
-    own = base is None or (Path(path) / "tokenizer_config.json").is_file()
-    tokenizer = build.tokenizer(path if own else base, cfg.model)
+    tokenizer = build.tokenizer(with_tokenizer(path), cfg.model)
     rows, grade = _rows(cfg, tokenizer, prompts)
     if not all(prompt_ids(tokenizer, row["prompt"]) for row in rows):
         # transformers 5 makes up an empty tokenizer where a folder has none
@@ -98,7 +96,7 @@ def drawn(
 ) -> list[pd.DataFrame]:
     """For each prompt a frame of ``samples`` completions: problem, prompt, completion, and per token token_ids, tokens, entropy and
     logp (nats, at the temperature; greedy: at 1), rank, top_ids, top_tokens, top_probs."""
-    ends, frames = end_ids(model, tokenizer), []
+    ends, texts, frames = end_ids(model, tokenizer), TokenTexts(tokenizer), []
     with undisturbed(model):
         for number, prompt in enumerate(prompts):
             ids = prompt_ids(tokenizer, prompt)
@@ -106,41 +104,22 @@ def drawn(
             parts, left = [], samples
             while left > 0:
                 count = min(left, decoding.batch_size)
-                parts.append(_batch(model, tokenizer, ids, decoding, count, ends))
+                parts.append(_batch(model, tokenizer, [ids] * count, decoding, ends, texts))
                 left -= count
             text = tokenizer.decode(ids, skip_special_tokens=True)
             frames.append(pd.concat(parts, ignore_index=True).assign(problem=number, prompt=text))
     return frames
 
 
-def _batch(model, tokenizer, prompt: list[int], decoding: Decoding, count: int, ends: list[int]) -> pd.DataFrame:
-    ids = torch.tensor([prompt] * count, device=model.device)
-    attention = torch.ones_like(ids)
-    config = GenerationConfig(
-        max_new_tokens=decoding.max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=ends or None,
-        **decoding.options(),
-    )
-    full = model.generate(input_ids=ids, attention_mask=attention, generation_config=config)
-    new = full[:, len(prompt) :]
-    end = torch.isin(new, torch.tensor(ends, dtype=new.dtype, device=new.device))
-    valid = (end.cumsum(-1) - end.long()) == 0  # up to and including the first end of text
-    seen = look(model, full, torch.cat([attention, valid.long()], 1), new.shape[1], decoding.temperature or 1.0, k=_TOP)
+def _batch(model, tokenizer, prompts: list[list[int]], decoding: Decoding, ends: list[int], texts: TokenTexts):
+    found = complete(model, tokenizer, prompts, decoding, ends)
+    seen = look(model, found.ids, found.attention, found.n, decoding.temperature or 1.0, k=_TOP)
+    new, valid = found.ids[:, -found.n :], found.attention[:, -found.n :].bool()
     rows = []
     for i, mask in enumerate(valid):
-        own, top = new[i][mask], seen.top.ids[i][mask].tolist()
-        rows.append(
-            {
-                "completion": tokenizer.decode(own, skip_special_tokens=True),
-                "token_ids": own.tolist(),
-                "tokens": [tokenizer.decode(t) for t in own],
-                "entropy": seen.entropy[i][mask].tolist(),
-                "logp": seen.logp[i][mask].tolist(),
-                "rank": seen.rank[i][mask].tolist(),
-                "top_ids": top,
-                "top_tokens": [[tokenizer.decode([t]) for t in place] for place in top],
-                "top_probs": seen.top.logp[i][mask].exp().tolist(),
-            }
-        )
+        ids = new[i][mask].tolist()
+        row = {"completion": tokenizer.decode(ids, skip_special_tokens=True), "token_ids": ids, "tokens": texts(ids)}
+        row |= {"entropy": seen.entropy[i][mask].tolist(), "logp": seen.logp[i][mask].tolist()}
+        about = {"rank": seen.rank[i], "top_ids": seen.top.ids[i], "top_logp": seen.top.logp[i]}
+        rows.append(row | look_row(about, mask, texts))
     return pd.DataFrame(rows)
