@@ -99,7 +99,7 @@ def test_departure_ends_when_the_law_holds_again():
         online.update(step, h, r)
         flags.append(online.departed)
     first = flags.index(True)
-    assert 100 <= first < 115 and flags[130] and not flags[399]
+    assert 100 <= first < 120 and flags[130] and not flags[399]
     assert sum(a != b for a, b in zip(flags, flags[1:], strict=False)) == 2
 
 
@@ -150,7 +150,7 @@ def test_the_sink_adds_series_first_and_goes_on_bit_for_bit():
     lines(again, 70, 90)
     assert straight == resumed
     assert "forecast/ceiling" not in straight[28] and "forecast/ceiling" in straight[29]
-    assert "forecast/departed" not in straight[48] and json.loads(straight[49])["forecast/departed"] == 0.0
+    assert "forecast/departed" not in straight[58] and json.loads(straight[59])["forecast/departed"] == 0.0
 
 
 def test_what_half_of_a_real_run_said_of_the_other_half():
