@@ -110,9 +110,8 @@ class TakeAction(TrainerCallback):
     def on_log(self, args, state, control, **kwargs):
         asked = self.alarms.asked if self.alarms is not None else set()
         stop = any_rank("stop" in asked, self.device)
-        control.should_save |= any_rank(
-            bool(asked), self.device
-        )  # also at a stop, so that the run can go on if one wants it to
+        # also at a stop, so that the run can go on if one wants it to
+        control.should_save |= any_rank(bool(asked), self.device)
         control.should_training_stop |= stop
         self.stopped |= stop
         asked.clear()

@@ -178,8 +178,8 @@ def test_one_line_an_episode():
     assert gone_off(watch(window=3, above=0.6), truncated(*[1.0] * 50)) == [5]
     assert gone_off(watch(window=3, above=0.6), truncated(*[1.0] * 3, 0.0, 0.0, *[1.0] * 6)) == [9]
     # it is over once three means in a row are below, and not before
-    assert gone_off(watch(window=3, above=0.6), truncated(*[1.0] * 5, 0, 0, *[1.0] * 10)) == [5]
-    assert gone_off(watch(window=3, above=0.6), truncated(*[1.0] * 5, 0, 0, 0, *[1.0] * 10)) == [5, 12]
+    assert gone_off(watch(window=3, patience=2, above=0.6), truncated(*[1.0] * 5, 0, 0, *[1.0] * 10)) == [4]
+    assert gone_off(watch(window=3, patience=2, above=0.6), truncated(*[1.0] * 5, 0, 0, 0, *[1.0] * 10)) == [4, 11]
 
 
 def test_the_line_on_the_terminal_the_record_and_the_alert(tmp_path, capsys):

@@ -70,6 +70,8 @@ SET_OFF = {
     "fast": [(22, "entropy_floor"), (22, "entropy_slope")],
     "easy": [(22, "entropy_floor"), (22, "entropy_slope")],
     "unpaid": [(20, "dead_groups")],
+    "long": [(43, "length"), (45, "truncation"), (61, "dead_groups")],
+    "idle": [(20, "idle_plugin")],
     "hollow": [
         (42, "length"),
         (58, "entropy_floor"),
