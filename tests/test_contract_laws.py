@@ -240,7 +240,8 @@ def test_every_shipped_method_explains_itself_with_its_numbers(name):
     number = {"rho": 0.37, "w_min": 0.37, "beta": 0.37, "coef_low": 0.37}
     setting = next(key for key in number if key in defaults)
     said = cls(**{**defaults, setting: 0.37}).explain()
-    assert any(word in line for line in said.formula for word in ("0.37", "0.63"))  # 0.63: the quantile of the top 0.37
+    told = [*said.formula, *map(str, said.penalties.values())]
+    assert any(word in line for line in told for word in ("0.37", "0.63"))  # 0.63: the quantile of the top 0.37
 
 
 def explained(plugin):
