@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rl.report.reading import Run
+from rl.wandb_run import is_shadow
 
 # Where a run lies, who watches it and which machine has it: none of it changes what is trained.
 # changes nothing that is trained
@@ -66,13 +67,17 @@ def group(runs: Sequence[Run]) -> list[Method]:
 
 
 def settings(config: Mapping[str, Any]) -> dict[str, str]:
-    """A configuration as dotted keys and short words, without bookkeeping; ``plugin`` and ``reward`` are the names in their order."""
+    """A configuration as dotted keys and short words, without bookkeeping and plug-ins that only watch; ``plugin`` and ``reward`` are the
+    names in their order."""
+    acting = {name: node for name, node in (config.get("plugin") or {}).items() if not is_shadow(node)}
+    config = {**config, "plugin": acting}
     out = {part: "+".join(config.get(part) or {}) or "none" for part in _PARTS}
 
     def walk(value: Any, key: str) -> None:
         if isinstance(value, Mapping) and value:
             for name, inner in value.items():
-                walk(inner, f"{key}.{name}")
+                if name != "shadow" or not key.startswith("plugin."):
+                    walk(inner, f"{key}.{name}")
         elif key not in _PARTS:
             out[key] = _word(value)
 

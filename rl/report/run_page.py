@@ -73,7 +73,7 @@ def _setup(run: Run) -> list[tuple[str, str]]:
     rows = [
         ("model", facts.setting(c, "model.path") or facts.setting(c, "model.name")),
         ("data", facts.setting(c, "data.name")),
-        ("plug-ins", ", ".join(facts.names(c, "plugin")) or "none: plain GRPO"),
+        ("plug-ins", facts.plugins(c)),
         ("rewards", ", ".join(facts.names(c, "reward"))),
         ("steps", f"{done} of {planned}" if planned is not None else str(done)),
     ]
