@@ -52,6 +52,16 @@ def compose(overrides: Sequence[str] = (), config_dir: str | None = None) -> Dic
             cfg = hydra_compose("train", overrides=asked)
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError(_explain(error, overrides)) from error
+        except ValueError as error:  # Hydra's own for a group that is null
+            group = next(
+                (o for o in overrides if o.endswith("=null") and _options(o[: -len("=null")].lstrip("+"))), None
+            )
+            if group is None:
+                raise
+            name = group[: -len("=null")].lstrip("+")
+            raise ConfigError(
+                f"{group} takes no choice. Expected one of: {', '.join(_options(name))}; or '~{name}'."
+            ) from error
     _check_selected(cfg)
     _check_sets(cfg.data)
     try:

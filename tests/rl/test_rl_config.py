@@ -92,6 +92,7 @@ def test_a_real_model_on_the_command_line_does_not_get_the_laptops_values():
             "plugin.steer has settings .w_min, mapping, form. but is not selected",
         ),
         (["experiment=paper/steer", "plugin=[fork_mask]"], "plugin.steer has settings"),
+        (["peft=null"], "peft=null takes no choice. Expected one of: lora, none, qlora"),
         (["plugin=[steer]", "plugin.steer=null"], "plugin.steer=null does not take a plug-in away.*~plugin.steer"),
         (["+plugin=steer", "+plugin=rank_shaping"], r"Several plugin= choices.*plugin=\[a,b\]"),
         (["data=parquet"], "data.path is not set. Give it on the command line: data.path="),
