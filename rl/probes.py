@@ -12,6 +12,7 @@ at the temperature of the rollouts. kind is
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from trl import GRPOTrainer
 
 from rl.draw import Decoding, complete, end_ids, prompt_ids, undisturbed
 from rl.engine import whole
+from rl.errors import user_errors
 from rl.problems import Grader
 from rl.recorder import Told, write_rows
 from rl.recording import TokenTexts, look_row, padded
@@ -60,6 +62,7 @@ class Probes(TrainerCallback):
             args.max_completion_length, args.temperature, args.top_p, args.top_k or 0, min_p=args.min_p or 0.0
         )
         self._fixed: dict[int, list[int]] | None = None  # problem -> completion
+        self._warned = False
 
     def due(self, step: int, last: int) -> bool:
         """Whether there is a probe after this step of a run of ``last`` steps."""
@@ -119,7 +122,14 @@ class Probes(TrainerCallback):
     def _rewards(self, completions: Sequence[str]) -> list[float]:
         twice = self.problems * 2
         columns = {name: [row[name] for row in twice] for name in twice[0] if name != "prompt"}
-        grades = self.grader(prompts=[row["prompt"] for row in twice], completions=list(completions), **columns)
+        try:
+            grades = self.grader(prompts=[row["prompt"] for row in twice], completions=list(completions), **columns)
+        except (
+            user_errors()
+        ) as error:  # problems without labels have nothing to grade by; a training need not end of it
+            if not self._warned:
+                warnings.warn(f"probes are recorded without rewards: {error}", stacklevel=2)
+            self._warned, grades = True, [None] * len(twice)
         return [math.nan if grade is None else float(grade) for grade in grades]
 
 

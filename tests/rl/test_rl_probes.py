@@ -10,6 +10,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from command_line import entrl, train
 from data import countdown
+from rewards.checked import Checked
 from rl.probes import Probes, first_completions
 from rl.recorder import write_rows
 from rl.report.reading import read_run
@@ -30,10 +31,10 @@ def grade(prompts, completions, answer, **columns):
     return [float(len(text)) if i % 2 else None for i, text in enumerate(completions)]
 
 
-def probed(model, folder, every=2, **changes):
+def probed(model, folder, every=2, grader=grade, **changes):
     trainer = make_trainer(EntropyTrainer, model, folder, temperature=T, **{"max_steps": 3, **changes})
     problems = countdown.dataset("heldout", [3], 4, seed=0).to_list()
-    trainer.add_callback(Probes(trainer, folder / "probes", problems, grade, every=every, seed=5))
+    trainer.add_callback(Probes(trainer, folder / "probes", problems, grader, every=every, seed=5))
     trainer.train()
     return trainer
 
@@ -85,6 +86,16 @@ def test_rewards_are_the_graders_and_nan_where_it_has_none(run):
     frame = probe(run[1], 2)
     expected = [float(len(text)) if i % 2 else math.nan for i, text in enumerate(frame["completion"])]
     assert frame["reward"].tolist() == pytest.approx(expected, nan_ok=True)
+
+
+def test_where_the_grader_has_nothing_to_go_by_it_is_said_once_and_the_training_goes_on(model, tmp_path):
+    def labels(prompts, completions, label):
+        return [1.0] * len(label)
+
+    with pytest.warns(UserWarning, match="probes are recorded without rewards: reward.grader raised TypeError") as said:
+        probed(model, tmp_path, every=1, max_steps=1, grader=Checked("grader", labels))
+    assert sum("without rewards" in str(each.message) for each in said) == 1
+    assert probe(tmp_path, 0)["reward"].isna().all() and probe(tmp_path, 1)["reward"].isna().all()
 
 
 def test_a_problem_keeps_the_first_completion_that_any_probe_has_of_it(tmp_path):
