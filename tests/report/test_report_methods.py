@@ -57,3 +57,10 @@ def test_of_another_data_set_the_label_has_the_name_and_the_settings_all(methods
 def test_more_than_ten_methods_each_have_a_label_of_their_own(methods):
     found = methods(*({"config": {"trainer.learning_rate": i * 1e-4}} for i in range(1, 16)))
     assert len({m.label for m in found}) == 15 and found[1].label == "trainer.learning_rate=0.0002"
+
+
+def test_a_shadow_changes_no_method(methods):
+    watched = {**FORK, "steer": {"w_min": 0.5, "shadow": True}}
+    acting = {"fork_mask": {**FORK["fork_mask"], "shadow": False}}
+    (found,) = methods(dict(seed=1, plugin=FORK), dict(seed=2, plugin=watched), dict(seed=3, plugin=acting))
+    assert found.label == "plugin=fork_mask" and found.seeds == [1, 2, 3]
