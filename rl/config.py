@@ -292,16 +292,6 @@ def plugin_names() -> list[str]:
     return _options("plugin")
 
 
-def shadow_plugins(cfg: DictConfig) -> list[str]:
-    """The selected plug-ins that only measure what they would do."""
-    return [name for name, node in cfg.plugin.items() if node.get("shadow", False)]
-
-
-def acting_plugins(cfg: DictConfig) -> list[str]:
-    """The selected plug-ins that act, in order."""
-    return [name for name in cfg.plugin if name not in shadow_plugins(cfg)]
-
-
 def differences(cfg: DictConfig, base: DictConfig) -> dict[str, tuple[Any, Any]]:
     """Leaf key -> (value in base, value in cfg) where they differ; a missing one is None."""
     a, b = _leaves(base), _leaves(cfg)

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from rl.report.reading import Run
-from rl.wandb_run import is_shadow
+from rl.shadows import acting_plugins
 
 # Where a run lies, who watches it and which machine has it: none of it changes what is trained.
-# changes nothing that is trained
 BOOKKEEPING = (
     "run",
     "logger",
@@ -67,17 +66,21 @@ def group(runs: Sequence[Run]) -> list[Method]:
 
 
 def settings(config: Mapping[str, Any]) -> dict[str, str]:
-    """A configuration as dotted keys and short words, without bookkeeping and plug-ins that only watch; ``plugin`` and ``reward`` are the
-    names in their order."""
-    acting = {name: node for name, node in (config.get("plugin") or {}).items() if not is_shadow(node)}
-    config = {**config, "plugin": acting}
+    """A configuration as dotted keys and short words, without bookkeeping; ``plugin`` and ``reward`` are the names in their order.
+
+    Shadows change nothing that is trained and are left out.
+    """
+    if isinstance(config.get("plugin"), Mapping):
+        config = {
+            **config,
+            "plugin": {name: _without_shadow(config["plugin"][name]) for name in acting_plugins(config)},
+        }
     out = {part: "+".join(config.get(part) or {}) or "none" for part in _PARTS}
 
     def walk(value: Any, key: str) -> None:
         if isinstance(value, Mapping) and value:
             for name, inner in value.items():
-                if name != "shadow" or not key.startswith("plugin."):
-                    walk(inner, f"{key}.{name}")
+                walk(inner, f"{key}.{name}")
         elif key not in _PARTS:
             out[key] = _word(value)
 
@@ -85,6 +88,10 @@ def settings(config: Mapping[str, Any]) -> dict[str, str]:
         if name not in BOOKKEEPING:
             walk(value, name)
     return out
+
+
+def _without_shadow(node: Any) -> Any:
+    return {key: value for key, value in node.items() if key != "shadow"} if isinstance(node, Mapping) else node
 
 
 def _word(value: Any) -> str:

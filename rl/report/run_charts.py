@@ -125,6 +125,10 @@ def _heat(run: Run) -> Chart:
     return Chart("entropy_map", "Where the tokens are", look, figure, "the run logged no entropy/hist", wide=True)
 
 
+def _named(plugin: str, series: Sequence[str]) -> str:
+    return f"{plugin} (shadow)" if any(c.startswith(f"shadow/{plugin}/") for c in series) else plugin
+
+
 def _methods(frame: pd.DataFrame) -> Iterator[Chart]:
     """The audit of all plug-ins, then what each logs by itself, shadows beside the others."""
     own = [c for c in frame if c.startswith(("plugin/", "shadow/"))]
@@ -137,7 +141,8 @@ def _methods(frame: pd.DataFrame) -> Iterator[Chart]:
         ),
     )
     for key, title, look in audits:
-        labels = {c: c.split("/")[1] for c in own if c.startswith("plugin/") and c.endswith(f"/{key}")}
+        audited = [c for c in own if c.startswith("plugin/") and c.endswith(f"/{key}")]
+        labels = {c: _named(c.split("/")[1], own) for c in audited}
         yield Chart(key, title, look, lines(frame, labels, SHARE), "the run has no plug-in", tuple(labels))
     shadows = {c: " ".join(c.split("/")[1:]) for c in own if c.startswith("shadow/")}
     look = "What a method that only watched would have done, against what was done: 1 the same, 0 nothing in common."

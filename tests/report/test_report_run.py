@@ -128,6 +128,16 @@ def test_shadows_and_forecasts_are_shown_where_a_run_has_them(made):
     assert found["forecast"].note.startswith("In 10 steps, first 31,")
 
 
+def test_a_shadow_is_not_said_to_have_acted(made):
+    text = (made / "metrics.jsonl").read_text().replace('"plugin/fork_mask/kept"', '"shadow/fork_mask/cosine"')
+    (made / "metrics.jsonl").write_text(text)
+    (made / "config.yaml").write_text(CONFIG.replace("rho: 0.3", "rho: 0.3, shadow: true"))
+    said = words(write_report(made))
+    assert "plug-ins none: plain GRPO shadows fork_mask" in said
+    assert "only watched: it would touch 80.0% of the tokens and leave 20.0% of plain GRPO" in said
+    assert [t["name"] for t in charts(made)["touched"].figure["data"]] == ["fork_mask (shadow)"]
+
+
 def test_settings_that_differ_from_the_default_are_listed_without_secrets(tmp_path):
     config = CONFIG + "logger: {api_key: hunter2, project: mine}\n"
     said = words(write_report(write_run(tmp_path / "a", config=config)))
