@@ -25,6 +25,7 @@ from types import ModuleType
 from typing import Any, Literal, Self
 from urllib.parse import urlparse
 
+from rl.config import acting_plugins
 from rl.redact import public_words
 from rl.rundir import read_json, write_json
 
@@ -79,8 +80,8 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def plugins(config: Mapping[str, Any]) -> str:
-    """The plug-ins of a run in one word, to group by: ``fork_mask+steer``, or ``grpo`` without any."""
-    return "+".join(config.get("plugin") or {}) or "grpo"
+    """The plug-ins of a run that act, in one word, to group by: ``fork_mask+steer``, or ``grpo`` without any."""
+    return "+".join(acting_plugins(config)) or "grpo"
 
 
 def set_names(config: Mapping[str, Any]) -> list[str]:

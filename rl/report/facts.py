@@ -164,9 +164,14 @@ def duration(seconds: float) -> str:
     return f"{minutes[0]} min {minutes[1]} s" if minutes[0] < 60 else f"{hours[0]} h {hours[1]} min"
 
 
+def shadows(frame: pd.DataFrame) -> list[str]:
+    """The plug-ins that only measured what they would have done."""
+    return list(dict.fromkeys(c.split("/")[1] for c in frame if c.startswith("shadow/")))
+
+
 def audit(frame: pd.DataFrame) -> list[tuple[str, str, bool]]:
-    """For each plug-in its name, what it did in a sentence, and whether that was anything at all."""
-    found = []
+    """For each plug-in its name, what it did (a shadow: would have done) in a sentence, and whether that was anything at all."""
+    found, only_watched = [], shadows(frame)
     for name in dict.fromkeys(c.split("/")[1] for c in frame if c.startswith("plugin/")):
         touched, mass = (finite(frame, f"plugin/{name}/{key}") for key in ("touched", "adv_mass"))
         if touched.empty:
@@ -174,6 +179,7 @@ def audit(frame: pd.DataFrame) -> list[tuple[str, str, bool]]:
         said = f"touched {touched.mean():.1%} of the tokens"
         if len(mass):
             said += f" and left {mass.mean():.1%} of the advantage mass that came to it"
+        said = f"only watched; it would have {said}" if name in only_watched else said
         found.append((name, f"{said} (means over the steps).", bool(touched.max() > 0)))
     return found
 

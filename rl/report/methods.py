@@ -7,23 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rl.config import BOOKKEEPING, acting_plugins
 from rl.report.reading import Run
 
-# Where a run lies, who watches it and which machine has it: none of it changes what is trained.
-# changes nothing that is trained
-BOOKKEEPING = (
-    "run",
-    "logger",
-    "launcher",
-    "slurm",
-    "record",
-    "checkpoint",
-    "resume",
-    "dry_run",
-    "alarm",
-    "forks",
-    "passport",
-)
 _PARTS = ("plugin", "reward")  # groups of named parts: a part's settings differ only between runs that have it
 ABSENT = "-"
 
@@ -66,7 +52,13 @@ def group(runs: Sequence[Run]) -> list[Method]:
 
 
 def settings(config: Mapping[str, Any]) -> dict[str, str]:
-    """A configuration as dotted keys and short words, without bookkeeping; ``plugin`` and ``reward`` are the names in their order."""
+    """A configuration as dotted keys and short words; ``plugin`` and ``reward`` are the names in their order.
+
+    Without bookkeeping, and without shadows, which change nothing that is trained.
+    """
+    nodes = config.get("plugin") or {}
+    acting = {name: {k: v for k, v in (nodes[name] or {}).items() if k != "shadow"} for name in acting_plugins(config)}
+    config = {**config, "plugin": acting}
     out = {part: "+".join(config.get(part) or {}) or "none" for part in _PARTS}
 
     def walk(value: Any, key: str) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
 
+from rl.config import acting_plugins
 from rl.errors import EntrlError, ReportError
 from rl.report.reading import Run, histogram_series
 from rl.wandb_run import Record, has_key, import_wandb
@@ -181,7 +182,7 @@ def _summary(flat: Mapping[str, Any], config: Mapping[str, Any], order: Sequence
         "eval": next(iter(sets.values()), {}),
         **({"sets": sets} if len(sets) > 1 else {}),
         **{name: values for name, values in rest.items() if values},
-        "plugins": list(config["plugin"]),
+        "plugins": acting_plugins(config),
         "seed": config.get("seed"),
         "steps": steps,
     }

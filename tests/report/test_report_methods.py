@@ -43,6 +43,14 @@ def test_labels_name_the_values_that_tell_variants_apart(methods):
     assert found[0].settings["plugin.fork_mask.rho"] == ABSENT and len(found[2].runs) == 2
 
 
+def test_a_shadow_is_no_difference(methods):
+    watched = {**FORK, "steer": {"w_min": 0.7, "shadow": True}}
+    acting = {"fork_mask": {**FORK["fork_mask"], "shadow": False}}
+    shadow = {"fork_mask": {**FORK["fork_mask"], "shadow": True}}
+    found = methods({"plugin": FORK}, {"plugin": watched, "seed": 2}, {"plugin": acting, "seed": 3}, {"plugin": shadow})
+    assert [(m.label, len(m.runs)) for m in found] == [("plugin=fork_mask", 3), ("plugin=none", 1)]
+
+
 def test_the_order_of_plugins_is_a_difference(methods):
     a, b = {"a": {"x": 1}}, {"b": {"x": 1}}
     assert [m.label for m in methods({"plugin": a | b}, {"plugin": b | a})] == ["plugin=a+b", "plugin=b+a"]
