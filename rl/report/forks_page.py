@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rl.report.page import numbers, write_page
-from rl.report.text import visible, word
+from rl.report.text import short, visible, word
 
 _TEXT = 1500  # characters of a continuation or a prompt; the middle of a longer one is left out
 _SUCCESS = {
@@ -26,7 +26,7 @@ def write_forks(report: Mapping[str, Any], out: Path) -> Path:
     context = {
         "title": f"Forks: {visible(report['model'])}",
         "report": report,
-        "prompt": _cut(report["prompt"]),
+        "prompt": short(report["prompt"], _TEXT, lines=True),
         "majority": None if report["majority"] is None else visible(report["majority"]),
         "success": _SUCCESS[report["measure"]],
         "decoding": _decoding(report["decoding"]),
@@ -41,7 +41,7 @@ def value_chart(report: Mapping[str, Any]) -> dict[str, Any]:
     for number, fork in enumerate(report["forks"], start=1):
         points.append((fork["place"], fork["value"], f"before fork {number}"))
         taken = next(b for b in fork["branches"] if b["taken"])
-        points.append((fork["place"] + 1, taken["value"], f"after {word(taken['text'])} at fork {number}"))
+        points.append((fork["place"] + 1, taken["value"], f"after {_plain(word(taken['text']))} at fork {number}"))
     if report["right"] is not None:
         outcome = float(report["right"])
         points.append((len(report["tokens"]), {"value": outcome, "low": outcome, "high": outcome}, "the end"))
@@ -87,8 +87,12 @@ def value_chart(report: Mapping[str, Any]) -> dict[str, Any]:
 
 def _tick(token: str) -> str:
     text = visible(token.strip()) or "␣"
-    # Plotly reads a little HTML in labels
-    return (text if len(text) <= 8 else text[:7] + "…").replace("&", "&amp;").replace("<", "&lt;")
+    return _plain(text if len(text) <= 8 else text[:7] + "…")
+
+
+def _plain(text: str) -> str:
+    """For Plotly, which reads a little HTML in its texts."""
+    return text.replace("&", "&amp;").replace("<", "&lt;")
 
 
 def _for_page(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -106,14 +110,9 @@ def _branch(branch: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **branch,
         "text": "all other words" if branch["token"] is None else word(branch["text"]),
-        "answers": [[None if a is None else _cut(a, 120), n] for a, n in branch["answers"]],
-        "examples": [{**e, "text": _cut(e["text"])} for e in branch["examples"]],
+        "answers": [[None if a is None else short(a, 120, lines=True), n] for a, n in branch["answers"]],
+        "examples": [{**e, "text": short(e["text"], _TEXT, lines=True)} for e in branch["examples"]],
     }
-
-
-def _cut(text: str, most: int = _TEXT) -> str:
-    half = most // 2
-    return visible(text if len(text) <= most else f"{text[:half]} […] {text[-half:]}", lines=True)
 
 
 def _decoding(decoding: Mapping[str, Any]) -> str:

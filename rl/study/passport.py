@@ -16,13 +16,14 @@ from rl import build, rundir
 from rl.draw import prompt_ids
 from rl.errors import ConfigError
 from rl.estimators import bootstrap_interval, pass_at_k
-from rl.eval_run import config_for, eval_folder, evaluate_sets, limited, plain_name, sample_names, with_tokenizer
+from rl.eval_run import config_for, eval_folder, evaluate_sets, limited, sample_names, with_tokenizer
 from rl.paths import find_model
 from rl.problems import problem_sets
 from rl.quiet import quiet
 from rl.report.passport_page import card, write_passport
 from rl.scoring import base_of, look
 from rl.study.geometry import spectrum
+from rl.study.place import page_of
 
 _TOP_SHARES = np.arange(0, 101) / 100
 _EDGES = np.concatenate([[0.0], np.geomspace(1e-4, 20.0, 65)])  # nats; as rl.dynamics
@@ -38,11 +39,12 @@ def show_passport(target: str, overrides: Sequence[str], config_dir: str | None,
         The page: ``out``, or ``passport.html`` in a run folder, or ``passport_<model>.html``.
 
     Raises:
-        ConfigError: several sets, or a setting that does not work.
+        ConfigError: several sets, or a setting that does not work. ReportError: no place for the page.
     """
     quiet()
     cfg = config_for(target, list(overrides), config_dir)
     _check(cfg)
+    page = page_of(target, "passport", out)
     build.use_threads(cfg.engine.threads)
     path = find_model(target)
     tokenizer = build.tokenizer(with_tokenizer(path), cfg.model)
@@ -59,11 +61,6 @@ def show_passport(target: str, overrides: Sequence[str], config_dir: str | None,
     states = prompt_states(model, prompts, cfg.eval.batch_size, tokenizer.pad_token_id)
     found = passport(samples, ranks, states, tokenizer, cfg.passport.tokens, cfg.passport.min_count)
     found |= {"model": target, "data": name, "temperature": cfg.eval.temperature, "parameters": model.num_parameters()}
-    page = out or (
-        Path(target) / "passport.html"
-        if Path(target, "manifest.json").is_file()
-        else Path(f"passport_{plain_name(target)}.html")
-    )
     write_passport(page, found)
     rundir.write_json(page.with_suffix(".json"), found)
     rundir.write_text(page.with_suffix(".md"), card(found))
