@@ -72,6 +72,7 @@ def test_reports_read_run_folders_without_torch_or_a_trainer():
             "rl.redact",
             "rl.paths",
             "rl.forecast",
+            "rl.estimators",
             "rl.sweep.read",
             "rl.config",
         )

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rl.report.charts import band
 from rl.report.page import numbers, write_page
 from rl.report.text import short, visible, word
 
@@ -47,16 +48,7 @@ def value_chart(report: Mapping[str, Any]) -> dict[str, Any]:
         points.append((len(report["tokens"]), {"value": outcome, "low": outcome, "high": outcome}, "the end"))
     x = [place for place, _, _ in points]
     value, low, high = (numbers(p[1][name] for p in points) for name in ("value", "low", "high"))
-    band = {
-        "type": "scatter",
-        "x": x + x[::-1],
-        "y": high + low[::-1],
-        "fill": "toself",
-        "fillcolor": "c1/0.15",
-        "line": {"width": 0},
-        "hoverinfo": "skip",
-        "name": "95 %, each point for itself",
-    }
+    area = band(x, low, high, "c1", name="95 %, each point for itself")
     line = {
         "type": "scatter",
         "mode": "lines+markers",
@@ -82,7 +74,7 @@ def value_chart(report: Mapping[str, Any]) -> dict[str, Any]:
         "yaxis": {"range": [-0.03, 1.03], "title": {"text": "value"}, "zeroline": False},
         "hovermode": "closest",
     }
-    return {"data": [band, line], "layout": layout}
+    return {"data": [area, line], "layout": layout}
 
 
 def _tick(token: str) -> str:

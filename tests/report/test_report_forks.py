@@ -160,7 +160,9 @@ def test_the_value_curve_goes_through_every_fork_to_the_outcome(report):
     band, line = value_chart(report)["data"]
     assert line["x"] == [0, 1, 2, 2, 3, 6] and line["y"] == [0.5, 0.5, 0.55, 0.6, 0.1, 0.0]
     assert len(band["x"]) == len(band["y"]) == 12
-    report["forks"][0]["branches"] = [{**b, "text": "<b>x" if b["taken"] else ""} for b in report["forks"][0]["branches"]]
+    report["forks"][0]["branches"] = [
+        {**b, "text": "<b>x" if b["taken"] else ""} for b in report["forks"][0]["branches"]
+    ]
     drawn = str(value_chart(report))
     assert "<script" not in drawn and "<b>x" not in drawn and "&lt;b>x" in drawn  # Plotly reads HTML in its texts
 
