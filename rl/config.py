@@ -21,6 +21,21 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from rl.errors import ConfigError, MissingError
 from rl.paths import configs_dir
 
+# groups and keys of no consequence for what is trained: where a run lies, who watches it, which machine has it, how models are looked at
+BOOKKEEPING = (
+    "run",
+    "logger",
+    "launcher",
+    "slurm",
+    "record",
+    "checkpoint",
+    "resume",
+    "dry_run",
+    "alarm",
+    "forks",
+    "passport",
+)
+
 
 def compose(overrides: Sequence[str] = (), config_dir: str | None = None) -> DictConfig:
     """The resolved configuration of ``entrl train`` under Hydra overrides.
@@ -282,32 +297,14 @@ def plugin_names() -> list[str]:
     return _options("plugin")
 
 
-# groups and keys of no consequence for what is trained: where a run lies, who watches it, which machine has it, how models are looked at
-BOOKKEEPING = (
-    "run",
-    "logger",
-    "launcher",
-    "slurm",
-    "record",
-    "checkpoint",
-    "resume",
-    "dry_run",
-    "alarm",
-    "forks",
-    "passport",
-)
-
-
-def shadow_plugins(cfg: Mapping[str, Any]) -> list[str]:
+def shadow_plugins(cfg: DictConfig) -> list[str]:
     """The selected plug-ins that only measure what they would do."""
-    nodes = (cfg.get("plugin") or {}).items()
-    return [name for name, node in nodes if isinstance(node, Mapping) and node.get("shadow", False)]
+    return [name for name, node in cfg.plugin.items() if node.get("shadow", False)]
 
 
-def acting_plugins(cfg: Mapping[str, Any]) -> list[str]:
+def acting_plugins(cfg: DictConfig) -> list[str]:
     """The selected plug-ins that act, in order."""
-    shadows = shadow_plugins(cfg)
-    return [name for name in cfg.get("plugin") or {} if name not in shadows]
+    return [name for name in cfg.plugin if name not in shadow_plugins(cfg)]
 
 
 def differences(cfg: DictConfig, base: DictConfig) -> dict[str, tuple[Any, Any]]:

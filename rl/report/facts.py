@@ -16,7 +16,7 @@ from rl.redact import without_secrets
 from rl.report.charts import MAX_POINTS, bin_of_steps, finite
 from rl.report.reading import Run
 from rl.report.text import short
-from rl.wandb_run import read_lines
+from rl.wandb_run import is_shadow, read_lines
 
 _TOO_LONG = 1500  # characters of a reason or a value that are shown
 
@@ -72,6 +72,15 @@ def names(config: Any, group: str) -> list[str]:
     """The members of a group as ``plugin`` or ``reward``, however an editor left it."""
     value = setting(config, group) or []
     return [shown(v, 80) for v in ([value] if isinstance(value, str) else value)] if isinstance(value, Iterable) else []
+
+
+def plugins(config: Any) -> str:
+    """The plug-ins in a phrase, those that only watched marked."""
+    nodes = setting(config, "plugin")
+    watching = {name for name, node in nodes.items() if is_shadow(node)} if isinstance(nodes, Mapping) else set()
+    words = [f"{name} (a shadow)" if name in watching else name for name in names(config, "plugin")]
+    acting = [] if len(words) > len(watching) else ["plain GRPO"]
+    return ", ".join([*acting, *words])
 
 
 def ending(run: Run) -> tuple[str, str]:

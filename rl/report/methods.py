@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rl.config import BOOKKEEPING, acting_plugins
+from rl.config import BOOKKEEPING
 from rl.report.reading import Run
+from rl.wandb_run import is_shadow
 
 _PARTS = ("plugin", "reward")  # groups of named parts: a part's settings differ only between runs that have it
 ABSENT = "-"
@@ -52,19 +53,17 @@ def group(runs: Sequence[Run]) -> list[Method]:
 
 
 def settings(config: Mapping[str, Any]) -> dict[str, str]:
-    """A configuration as dotted keys and short words; ``plugin`` and ``reward`` are the names in their order.
-
-    Without bookkeeping, and without shadows, which change nothing that is trained.
-    """
-    nodes = config.get("plugin") or {}
-    acting = {name: {k: v for k, v in (nodes[name] or {}).items() if k != "shadow"} for name in acting_plugins(config)}
+    """A configuration as dotted keys and short words, without bookkeeping and plug-ins that only watch; ``plugin`` and ``reward`` are the
+    names in their order."""
+    acting = {name: node for name, node in (config.get("plugin") or {}).items() if not is_shadow(node)}
     config = {**config, "plugin": acting}
     out = {part: "+".join(config.get(part) or {}) or "none" for part in _PARTS}
 
     def walk(value: Any, key: str) -> None:
         if isinstance(value, Mapping) and value:
             for name, inner in value.items():
-                walk(inner, f"{key}.{name}")
+                if name != "shadow" or not key.startswith("plugin."):
+                    walk(inner, f"{key}.{name}")
         elif key not in _PARTS:
             out[key] = _word(value)
 

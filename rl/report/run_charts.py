@@ -138,7 +138,7 @@ def _methods(frame: pd.DataFrame) -> Iterator[Chart]:
     )
     for key, title, look in audits:
         labels = {
-            c: name + (", a shadow" if name in watching else "")
+            c: name + (" (a shadow)" if name in watching else "")
             for c in own
             if c.startswith("plugin/") and c.endswith(f"/{key}") and (name := c.split("/")[1])
         }

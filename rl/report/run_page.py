@@ -69,13 +69,11 @@ def _context(run: Run, out: Path) -> dict[str, Any]:
 
 def _setup(run: Run) -> list[tuple[str, str]]:
     c = run.config
-    plugins, watching = facts.names(c, "plugin"), facts.shadows(run.metrics)
     done, planned = len(run.metrics), facts.setting(c, "trainer.max_steps")
     rows = [
         ("model", facts.setting(c, "model.path") or facts.setting(c, "model.name")),
         ("data", facts.setting(c, "data.name")),
-        ("plug-ins", ", ".join(name for name in plugins if name not in watching) or "none: plain GRPO"),
-        ("shadows", ", ".join(name for name in plugins if name in watching)),
+        ("plug-ins", facts.plugins(c)),
         ("rewards", ", ".join(facts.names(c, "reward"))),
         ("steps", f"{done} of {planned}" if planned is not None else str(done)),
     ]

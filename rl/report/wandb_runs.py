@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
 
-from rl.config import acting_plugins
 from rl.errors import EntrlError, ReportError
 from rl.report.reading import Run, histogram_series
-from rl.wandb_run import Record, has_key, import_wandb
+from rl.wandb_run import Record, has_key, import_wandb, is_shadow
 
 if TYPE_CHECKING:
     import wandb
@@ -182,7 +181,7 @@ def _summary(flat: Mapping[str, Any], config: Mapping[str, Any], order: Sequence
         "eval": next(iter(sets.values()), {}),
         **({"sets": sets} if len(sets) > 1 else {}),
         **{name: values for name, values in rest.items() if values},
-        "plugins": acting_plugins(config),
+        "plugins": [name for name, node in config["plugin"].items() if not is_shadow(node)],
         "seed": config.get("seed"),
         "steps": steps,
     }

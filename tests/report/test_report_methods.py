@@ -2,6 +2,7 @@
 
 import pytest
 
+from rl.report import facts
 from rl.report.methods import ABSENT, group
 from rl.report.reading import read_run
 from synthetic import write_run
@@ -43,14 +44,6 @@ def test_labels_name_the_values_that_tell_variants_apart(methods):
     assert found[0].settings["plugin.fork_mask.rho"] == ABSENT and len(found[2].runs) == 2
 
 
-def test_a_shadow_is_no_difference(methods):
-    watched = {**FORK, "steer": {"w_min": 0.7, "shadow": True}}
-    acting = {"fork_mask": {**FORK["fork_mask"], "shadow": False}}
-    shadow = {"fork_mask": {**FORK["fork_mask"], "shadow": True}}
-    found = methods({"plugin": FORK}, {"plugin": watched, "seed": 2}, {"plugin": acting, "seed": 3}, {"plugin": shadow})
-    assert [(m.label, len(m.runs)) for m in found] == [("plugin=fork_mask", 3), ("plugin=none", 1)]
-
-
 def test_the_order_of_plugins_is_a_difference(methods):
     a, b = {"a": {"x": 1}}, {"b": {"x": 1}}
     assert [m.label for m in methods({"plugin": a | b}, {"plugin": b | a})] == ["plugin=a+b", "plugin=b+a"]
@@ -65,3 +58,18 @@ def test_of_another_data_set_the_label_has_the_name_and_the_settings_all(methods
 def test_more_than_ten_methods_each_have_a_label_of_their_own(methods):
     found = methods(*({"config": {"trainer.learning_rate": i * 1e-4}} for i in range(1, 16)))
     assert len({m.label for m in found}) == 15 and found[1].label == "trainer.learning_rate=0.0002"
+
+
+def test_a_plugin_that_only_watches_makes_no_method(tmp_path):
+    acting = {"fork_mask": {"rho": 0.2}}
+    older = write_run(tmp_path / "a", plugin=acting, seed=1)
+    watched = write_run(
+        tmp_path / "b",
+        plugin={"fork_mask": {"rho": 0.2, "shadow": False}, "steer": {"w_min": 0.7, "shadow": True}},
+        seed=2,
+    )
+    (method,) = group([read_run(older), read_run(watched)])
+    assert method.seeds == [1, 2]
+    assert facts.plugins(read_run(watched).config) == "fork_mask, steer (a shadow)"
+    assert facts.plugins({"plugin": {"steer": {"shadow": True}}}) == "plain GRPO, steer (a shadow)"
+    assert facts.plugins({"plugin": {}}) == "plain GRPO" and facts.plugins({"plugin": ["odd"]}) == "odd"
