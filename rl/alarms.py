@@ -172,14 +172,18 @@ class IdlePlugin(Watch):
     def __init__(self, *, window: int, patience: int, action: str | Sequence[str]):
         super().__init__(window=window, patience=patience, action=action)
         self._traces: dict[str, Trace] = {}
+        self._shadows: set[str] = set()
 
     def read(self, step: int, metrics: Metrics) -> Iterator[Reading]:
+        self._shadows |= {
+            name.split("/")[1] for name in metrics if name.startswith("shadow/")
+        }  # not logged at each step
         for name in metrics:
             if name.startswith("plugin/") and name.endswith("/touched"):
                 trace = self._traces.setdefault(name, Trace(self.window))
                 if trace.add(value_of(metrics, name)) and trace.full:
                     plugin = name.split("/")[1]
-                    has = ", a shadow, would have" if f"shadow/{plugin}/jaccard" in metrics else " has"
+                    has = ", a shadow, would have" if plugin in self._shadows else " has"
                     text = f"plugin.{plugin}{has} touched no token for {self.window} steps: a silent no-op. {_IDLE}"
                     yield Reading(trace.recent == 0.0, trace.recent, 0.0, text, plugin)
 

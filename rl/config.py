@@ -21,6 +21,21 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from rl.errors import ConfigError, MissingError
 from rl.paths import configs_dir
 
+# groups and keys of no consequence for what is trained: where a run lies, who watches it, which machine has it, how models are looked at
+BOOKKEEPING = (
+    "run",
+    "logger",
+    "launcher",
+    "slurm",
+    "record",
+    "checkpoint",
+    "resume",
+    "dry_run",
+    "alarm",
+    "forks",
+    "passport",
+)
+
 
 def compose(overrides: Sequence[str] = (), config_dir: str | None = None) -> DictConfig:
     """The resolved configuration of ``entrl train`` under Hydra overrides.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-_Z95 = 1.959963984540054  # the normal distribution's 97.5 % quantile
+Z95 = 1.959963984540054  # the normal distribution's 97.5 % quantile
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
@@ -85,9 +85,9 @@ def wilson_interval(correct: int, n: int) -> tuple[float, float]:
     """
     if n < 1 or not 0 <= correct <= n:
         raise ValueError(f"{correct} correct of {n} samples. Expected 0 <= correct <= samples, of at least one.")
-    rate, z2 = correct / n, _Z95**2
+    rate, z2 = correct / n, Z95**2
     centre = (rate + z2 / (2 * n)) / (1 + z2 / n)
-    half = _Z95 / (1 + z2 / n) * np.sqrt(rate * (1 - rate) / n + z2 / (4 * n * n))
+    half = Z95 / (1 + z2 / n) * np.sqrt(rate * (1 - rate) / n + z2 / (4 * n * n))
     return (0.0 if correct == 0 else float(centre - half)), (1.0 if correct == n else float(centre + half))
 
 

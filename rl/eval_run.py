@@ -18,7 +18,7 @@ from rl.draw import prompt_ids
 from rl.errors import ConfigError
 from rl.eval_view import Drawing, show_problems, show_sets, show_tasks
 from rl.evaluate import Evaluation, Kept, evaluate
-from rl.paths import find_model
+from rl.paths import find_model, plain_name
 from rl.problems import Problems, problem_sets
 from rl.quiet import quiet
 from rl.samples import base_of_adapters, model_fact
@@ -188,11 +188,6 @@ def with_tokenizer(path: str) -> str:
     """Where the tokenizer of a model is: adapters that were saved without one have that of their base model."""
     base = base_of_adapters(path)
     return path if base is None or (Path(path) / "tokenizer_config.json").is_file() else base
-
-
-def plain_name(name: str) -> str:
-    """A name for a file."""
-    return "".join(c if c.isalnum() or c in "-._" else "_" for c in name).strip("_.")
 
 
 def config_for(target: str | None, overrides: Sequence[str], config_dir: str | None) -> DictConfig:

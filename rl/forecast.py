@@ -14,11 +14,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rl.estimators import Z95
+
 MIN_STEPS = 30
 MOST_NOISE = (
     0.1  # of the variance of e^H may come from one step to the next; noise there would flatten the slope as much
 )
-_Z = 1.959963984540054  # of 95 % between -z and z
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ class Line:
 
 def student(freedom: float) -> float:
     """The 97.5 % quantile of Student's t by its expansion in 1 / freedom, which is taken for at least 2: within 1 % above 3."""
-    v, z = max(freedom, 2.0), _Z
+    v, z = max(freedom, 2.0), Z95
     terms = ((z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384)
     return z + sum(term / v**k for k, term in enumerate(terms, 1))
 

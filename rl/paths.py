@@ -22,6 +22,11 @@ def slurm_dir() -> Path:
     return packaged if packaged.is_dir() else _HERE.parent / "slurm"
 
 
+def plain_name(name: str) -> str:
+    """A name for a file."""
+    return "".join(c if c.isalnum() or c in "-._" else "_" for c in name).strip("_.") or "model"
+
+
 def find_model(target: str) -> str:
     """A name ``from_pretrained`` takes, for ``builtin:NAME``, a run folder, a saved model or a hub id.
 

@@ -9,7 +9,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from rl import rundir
-from rl.config import differences
+from rl.config import BOOKKEEPING, differences
 from rl.engine import Engine, engine, write_deepspeed
 from rl.errors import CheckpointError, ConfigError
 from rl.paths import configs_dir
@@ -98,19 +98,11 @@ def read(folder: Path) -> DictConfig:
     return cfg
 
 
-# what may differ when a run goes on: nothing of it changes what is computed
-_FREE = (
-    "run.",
-    "resume",
-    "logger.",
-    "record.",
-    "checkpoint.",
-    "alarm",
-    "slurm.",
-    "launcher.",
-    "dry_run",
-    "trainer.max_steps",
-)
+_FREE = (*BOOKKEEPING, "trainer.max_steps")  # what may differ when a run goes on
+
+
+def _free(key: str) -> bool:
+    return any(key == free or key.startswith(f"{free}.") for free in _FREE)
 
 
 def to_resume(cfg: DictConfig) -> Path | None:
@@ -134,7 +126,7 @@ def to_resume(cfg: DictConfig) -> Path | None:
         filled.engine.processes = before.engine.processes
     public = OmegaConf.create(without_secrets(OmegaConf.to_container(filled)))
     changed = differences(public, before)
-    if others := [key for key in changed if not key.startswith(_FREE)]:
+    if others := [key for key in changed if not _free(key)]:
         old, new = changed[others[0]]
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         raise ConfigError(

@@ -71,7 +71,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The lines of a JSON lines file that may not be there; a line torn by a kill is left out."""
     if not path.exists():
         return
-    with open(path, encoding="utf-8") as lines:
+    with open(path, encoding="utf-8", errors="replace") as lines:
         for line in lines:
             try:
                 yield json.loads(line)

@@ -5,7 +5,7 @@ The page's ``steps.js`` smooths the lines, marks one step in every chart, and wr
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +81,28 @@ def line(series: pd.Series, label: str, colour: str, smooth: bool = True, **more
         "meta": {"smooth": smooth},
         **more,
     }
+
+
+def band(x: Sequence[float], low: Iterable[float], high: Iterable[float], colour: str, **more: Any) -> dict[str, Any]:
+    """A trace: the area between low and high."""
+    return {
+        "type": "scatter",
+        "mode": "lines",
+        "x": numbers([*x, *reversed(x)]),
+        "y": numbers([*high, *reversed([*low])]),
+        "fill": "toself",
+        "fillcolor": f"{colour}/0.15",
+        "line": {"width": 0},
+        "hoverinfo": "skip",
+        **more,
+    }
+
+
+def axes(
+    x_title: str, y_title: str, x: Mapping[str, Any] | None = None, y: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """A layout: both axes with their titles. Args: x, y: more of Plotly's xaxis and yaxis."""
+    return {"xaxis": {"title": {"text": x_title}, **(x or {})}, "yaxis": {"title": {"text": y_title}, **(y or {})}}
 
 
 def over_steps(

@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from rl.errors import ReportError
 from rl.report.compare_terminal import show
 from rl.report.compared import Comparison, compare
 from rl.report.gather import gather
+from rl.report.page import check_place, without_nan
 from rl.rundir import write_text
 
 
@@ -90,7 +89,7 @@ def as_json(comparison: Comparison) -> str:
         ],
         "notes": list(comparison.notes),
     }
-    return json.dumps(_finite(value), indent=2, allow_nan=False) + "\n"
+    return json.dumps(without_nan(value), indent=2, allow_nan=False) + "\n"
 
 
 def _runs(comparison: Comparison) -> list[dict[str, Any]]:
@@ -111,24 +110,9 @@ def _runs(comparison: Comparison) -> list[dict[str, Any]]:
     ]
 
 
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null, and the word "never" for a crossover at infinity."""
-    if isinstance(value, Mapping):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return "never" if value == math.inf else None
-    return value
-
-
 def _check(files: Mapping[str, Path]) -> None:
     """Whether each file can be written, before an hour of runs is read."""
     if len({path.resolve() for path in files.values()}) < len(files):
         raise ReportError("--html, --csv and --json name the same file. Give each its own.")
     for kind, path in files.items():
-        if path.is_dir():
-            raise ReportError(f"--{kind} {path} is a folder. Give a file in it, as {path / f'compare.{kind}'}.")
-        place = next(folder for folder in path.resolve().parents if folder.exists())
-        if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-            raise ReportError(f"--{kind} {path} cannot be written: {place} is not writable. Give another file.")
+        check_place(path, f"--{kind}")

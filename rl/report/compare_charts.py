@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from rl.report import curves
+from rl.report.charts import axes, band
 from rl.report.compared import Comparison, Result
 from rl.report.curves import Curve
 from rl.report.page import numbers
@@ -47,9 +48,9 @@ def _curves(results: Sequence[Result], curve: Callable[[Result], Curve | None], 
     for i, result in enumerate(results):
         if (found := curve(result)) is not None:
             if found.runs > 1 and len(results) <= _MOST_BANDS:
-                traces.append(_band(i, found))
+                traces.append(band(list(found.x), found.low, found.high, style(i)["color"], meta=i))
             traces.append(_line(i, result.letter, found.x, found.middle))
-    layout = _layout(x, y)
+    layout = {**axes(x, y), "showlegend": False}
     if len(results) > COLOURS:
         layout["hovermode"] = "closest"  # all of them would cover the chart
     return {"data": traces, "layout": layout}
@@ -59,20 +60,6 @@ def _line(i: int, letter: str, x: Sequence[float], y: Sequence[float], **more: A
     dots = {"mode": "markers", "marker": {"color": style(i)["color"], "size": 9}} if len(x) == 1 else {"mode": "lines"}
     line = {"type": "scatter", **dots, "meta": i, "name": letter, "line": {**style(i), "width": 2}}
     return {**line, "x": numbers(x), "y": numbers(y), **more}
-
-
-def _band(i: int, curve: Curve) -> dict[str, Any]:
-    return {
-        "type": "scatter",
-        "mode": "lines",
-        "meta": i,
-        "x": numbers([*curve.x, *curve.x[::-1]]),
-        "y": numbers([*curve.high, *curve.low[::-1]]),
-        "fill": "toself",
-        "fillcolor": f"{style(i)['color']}/0.15",
-        "line": {"width": 0},
-        "hoverinfo": "skip",
-    }
 
 
 def _pass_at(comparison: Comparison) -> dict[str, Any]:
@@ -85,11 +72,10 @@ def _pass_at(comparison: Comparison) -> dict[str, Any]:
     for i, result in enumerate(comparison.results):
         if len(result.problems):
             traces.append(_line(i, result.letter, list(result.ks), result.curves.mean(axis=0)))
-    layout = _layout("k", "pass@k")
     top = max((trace["x"][-1] for trace in traces), default=1)
     ticks = [2**i for i in range(int(np.log2(top)) + 1)]
-    layout["xaxis"] |= {"type": "log", "tickvals": ticks, "ticktext": [str(k) for k in ticks]}
-    return {"data": traces, "layout": layout}
+    x = {"type": "log", "tickvals": ticks, "ticktext": [str(k) for k in ticks]}
+    return {"data": traces, "layout": {**axes("k", "pass@k", x), "showlegend": False}}
 
 
 def _seeds(results: Sequence[Result]) -> dict[str, Any]:
@@ -129,11 +115,5 @@ def _seeds(results: Sequence[Result]) -> dict[str, Any]:
                 "hovertemplate": f"{result.letter}: %{{y:.3f}}<extra></extra>",
             }
         )
-    layout = _layout("method", "pass@1")
-    layout["hovermode"] = "closest"
-    layout["xaxis"] |= {"type": "category"}
-    return {"data": traces, "layout": layout}
-
-
-def _layout(x: str, y: str) -> dict[str, Any]:
-    return {"xaxis": {"title": {"text": x}}, "yaxis": {"title": {"text": y}}, "showlegend": False}
+    layout = axes("method", "pass@1", {"type": "category"})
+    return {"data": traces, "layout": {**layout, "hovermode": "closest", "showlegend": False}}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rl.report.charts import Chart
+from rl.report.charts import Chart, axes
 from rl.report.facts import Measured
 from rl.report.page import numbers
 
@@ -14,15 +14,9 @@ def pass_at_k(name: str, evaluated: Mapping[str, Mapping[str, Measured]]) -> Cha
     """The curves of a set. Args: evaluated: measures by "before" and "after"."""
     traces = [_curve(when, values, colour) for when, colour in _COLOURS.items() if (values := evaluated.get(when))]
     traces = [trace for trace in traces if trace["x"]]
-    layout = {
-        "xaxis": {
-            "title": {"text": "k, samples that may be tried"},
-            "type": "log",
-            "tickvals": _ks(traces),
-            "ticktext": _ks(traces),
-        },
-        "yaxis": {"title": {"text": "pass@k"}, "tickformat": ".2~%"},
-    }
+    ks = _ks(traces)
+    x = {"type": "log", "tickvals": ks, "ticktext": ks}
+    layout = axes("k, samples that may be tried", "pass@k", x, {"tickformat": ".2~%"})
     return Chart(
         name=f"pass_{name}",
         title=f"pass@k on {name}",

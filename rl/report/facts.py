@@ -15,7 +15,7 @@ from rl.config import compose, differences
 from rl.redact import without_secrets
 from rl.report.charts import MAX_POINTS, bin_of_steps, finite
 from rl.report.reading import Run
-from rl.report.text import visible
+from rl.report.text import short
 from rl.shadows import shadow_plugins
 from rl.wandb_run import read_lines
 
@@ -57,8 +57,7 @@ class Measured:
 
 def shown(text: object, at_most: int = _TOO_LONG) -> str:
     """Text for a page: control characters as escapes, the middle of a very long one left out."""
-    found = visible(str(text), lines=True)
-    return found if len(found) <= at_most else f"{found[: at_most // 2]} [...] {found[-at_most // 2 :]}"
+    return short(str(text), at_most, lines=True)
 
 
 def setting(config: Any, key: str, default: Any = None) -> Any:

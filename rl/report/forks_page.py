@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rl.report.charts import band
 from rl.report.page import numbers, write_page
-from rl.report.text import visible, word
+from rl.report.text import short, visible, word
 
 _TEXT = 1500  # characters of a continuation or a prompt; the middle of a longer one is left out
 _SUCCESS = {
@@ -26,7 +27,7 @@ def write_forks(report: Mapping[str, Any], out: Path) -> Path:
     context = {
         "title": f"Forks: {visible(report['model'])}",
         "report": report,
-        "prompt": _cut(report["prompt"]),
+        "prompt": short(report["prompt"], _TEXT, lines=True),
         "majority": None if report["majority"] is None else visible(report["majority"]),
         "success": _SUCCESS[report["measure"]],
         "decoding": _decoding(report["decoding"]),
@@ -41,22 +42,13 @@ def value_chart(report: Mapping[str, Any]) -> dict[str, Any]:
     for number, fork in enumerate(report["forks"], start=1):
         points.append((fork["place"], fork["value"], f"before fork {number}"))
         taken = next(b for b in fork["branches"] if b["taken"])
-        points.append((fork["place"] + 1, taken["value"], f"after {word(taken['text'])} at fork {number}"))
+        points.append((fork["place"] + 1, taken["value"], f"after {_plain(word(taken['text']))} at fork {number}"))
     if report["right"] is not None:
         outcome = float(report["right"])
         points.append((len(report["tokens"]), {"value": outcome, "low": outcome, "high": outcome}, "the end"))
     x = [place for place, _, _ in points]
     value, low, high = (numbers(p[1][name] for p in points) for name in ("value", "low", "high"))
-    band = {
-        "type": "scatter",
-        "x": x + x[::-1],
-        "y": high + low[::-1],
-        "fill": "toself",
-        "fillcolor": "c1/0.15",
-        "line": {"width": 0},
-        "hoverinfo": "skip",
-        "name": "95 %, each point for itself",
-    }
+    area = band(x, low, high, "c1", name="95 %, each point for itself")
     line = {
         "type": "scatter",
         "mode": "lines+markers",
@@ -82,13 +74,17 @@ def value_chart(report: Mapping[str, Any]) -> dict[str, Any]:
         "yaxis": {"range": [-0.03, 1.03], "title": {"text": "value"}, "zeroline": False},
         "hovermode": "closest",
     }
-    return {"data": [band, line], "layout": layout}
+    return {"data": [area, line], "layout": layout}
 
 
 def _tick(token: str) -> str:
     text = visible(token.strip()) or "␣"
-    # Plotly reads a little HTML in labels
-    return (text if len(text) <= 8 else text[:7] + "…").replace("&", "&amp;").replace("<", "&lt;")
+    return _plain(text if len(text) <= 8 else text[:7] + "…")
+
+
+def _plain(text: str) -> str:
+    """For Plotly, which reads a little HTML in its texts."""
+    return text.replace("&", "&amp;").replace("<", "&lt;")
 
 
 def _for_page(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -106,14 +102,9 @@ def _branch(branch: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **branch,
         "text": "all other words" if branch["token"] is None else word(branch["text"]),
-        "answers": [[None if a is None else _cut(a, 120), n] for a, n in branch["answers"]],
-        "examples": [{**e, "text": _cut(e["text"])} for e in branch["examples"]],
+        "answers": [[None if a is None else short(a, 120, lines=True), n] for a, n in branch["answers"]],
+        "examples": [{**e, "text": short(e["text"], _TEXT, lines=True)} for e in branch["examples"]],
     }
-
-
-def _cut(text: str, most: int = _TEXT) -> str:
-    half = most // 2
-    return visible(text if len(text) <= most else f"{text[:half]} […] {text[-half:]}", lines=True)
 
 
 def _decoding(decoding: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from rl.forecast import fit
-from rl.report.charts import Chart, finite, line, over_steps, thin
+from rl.report.charts import Chart, axes, finite, line, over_steps, thin
 from rl.report.page import numbers
 
 
@@ -37,8 +37,8 @@ def law(frame: pd.DataFrame) -> Chart:
         "hovertemplate": "step %{customdata}<br>e^H %{x}, reward %{y}<extra></extra>",
     }
     traces, note = _fitted(both, float(x.max()))
-    axes = {"xaxis": {"title": {"text": "e to the power of the mean entropy"}}, "yaxis": {"title": {"text": "reward"}}}
-    figure = {"data": [points, *traces], "layout": {**axes, "hovermode": "closest", "showlegend": False}}
+    layout = {**axes("e to the power of the mean entropy", "reward"), "hovermode": "closest", "showlegend": False}
+    figure = {"data": [points, *traces], "layout": layout}
     return Chart("law", title, look, figure, over_steps=False, note=note)
 
 

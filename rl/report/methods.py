@@ -7,23 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rl.config import BOOKKEEPING
 from rl.report.reading import Run
 from rl.shadows import acting_plugins
 
-# Where a run lies, who watches it and which machine has it: none of it changes what is trained.
-BOOKKEEPING = (
-    "run",
-    "logger",
-    "launcher",
-    "slurm",
-    "record",
-    "checkpoint",
-    "resume",
-    "dry_run",
-    "alarm",
-    "forks",
-    "passport",
-)
 _PARTS = ("plugin", "reward")  # groups of named parts: a part's settings differ only between runs that have it
 ABSENT = "-"
 
@@ -80,7 +67,8 @@ def settings(config: Mapping[str, Any]) -> dict[str, str]:
     def walk(value: Any, key: str) -> None:
         if isinstance(value, Mapping) and value:
             for name, inner in value.items():
-                walk(inner, f"{key}.{name}")
+                if name != "shadow" or not key.startswith("plugin."):
+                    walk(inner, f"{key}.{name}")
         elif key not in _PARTS:
             out[key] = _word(value)
 

@@ -9,6 +9,7 @@ import base64
 import gzip
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib import resources
@@ -49,6 +50,30 @@ def write_page(
     except OSError as error:
         raise ReportError(f"{out} cannot be written: {error.strerror}. Give another file with --out.") from error
     return out
+
+
+def check_place(out: Path, option: str = "--out") -> None:
+    """Whether a file can be written, before an hour is spent on what goes into it. Args: option: what named the file.
+
+    Raises:
+        ReportError: it cannot.
+    """
+    if out.is_dir():
+        raise ReportError(f"{option} {out} is a folder. Give a file in it.")
+    place = next(folder for folder in out.absolute().parents if folder.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise ReportError(f"{option} {out} cannot be written: {place} is not writable. Give another file.")
+
+
+def without_nan(value: Any) -> Any:
+    """For JSON, which has neither: NaN becomes null, infinity the word "never"."""
+    if isinstance(value, Mapping):
+        return {key: without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "never" if value == math.inf else None
+    return value
 
 
 def pack(text: str) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rl.report.charts import axes, band
 from rl.report.page import numbers, write_page
 from rl.report.text import word as shown_token
 
@@ -69,36 +70,30 @@ def _charts(found: Mapping[str, Any]) -> dict[str, Any]:
     names = [f"{a:.3g} to {b:.3g} nats" for a, b in zip(edges, edges[1:], strict=False)]
     ks = [point["k"] for point in curve]
     bounds = {bound: numbers(point[bound] for point in curve) for bound in ("value", "low", "high")}
-    band = {"type": "scatter", "x": [*ks, *ks[::-1]], "y": [*bounds["high"], *bounds["low"][::-1]], "fill": "toself", "fillcolor": "c3/0.18", "line": {"width": 0}, "hoverinfo": "skip", "name": "95 %"}  # fmt: skip
+    area = band(ks, bounds["low"], bounds["high"], "c3", name="95 %")
     rank_of = list(range(1, len(values) + 1))
     return {
         "histogram": {
             "data": [{"type": "bar", "x": numbers(middles), "y": shares, "customdata": names, "hovertemplate": "%{customdata}: %{y} %<extra></extra>", "marker": {"color": "c1"}, "width": 0.85 * width}],
-            "layout": _layout("entropy, nats", "% of tokens", x={"tickvals": [-4, -3, -2, -1, 0, 1], "ticktext": ["0.0001", "0.001", "0.01", "0.1", "1", "10"]}) | {"hovermode": "closest", "showlegend": False},
+            "layout": axes("entropy, nats", "% of tokens", x={"tickvals": [-4, -3, -2, -1, 0, 1], "ticktext": ["0.0001", "0.001", "0.01", "0.1", "1", "10"]}) | {"hovermode": "closest", "showlegend": False},
         },
         "lorenz": {
             "data": [
                 {"type": "scatter", "x": list(range(101)), "y": numbers(100 * s for s in entropy["share_of_top"]), "line": {"color": "c2"}, "name": "this model"},
                 {"type": "scatter", "x": [0, 100], "y": [0, 100], "line": {"color": "muted", "dash": "dot"}, "name": "all tokens alike", "hoverinfo": "skip"},
             ],
-            "layout": _layout("% most uncertain tokens", "% of all entropy"),
+            "layout": axes("% most uncertain tokens", "% of all entropy"),
         },
         "ranks": {
             "data": [{"type": "bar", "x": list(ranks), "y": numbers(100 * share for share in ranks.values()), "marker": {"color": "c4"}, "hovertemplate": "rank %{x}: %{y} %<extra></extra>"}],
-            "layout": _layout("rank of the sampled token", "% of tokens (log)", x={"type": "category"}, y={"type": "log"}) | {"hovermode": "closest", "showlegend": False},
+            "layout": axes("rank of the sampled token", "% of tokens (log)", x={"type": "category"}, y={"type": "log"}) | {"hovermode": "closest", "showlegend": False},
         },
         "pass": {
-            "data": [band, {"type": "scatter", "x": ks, "y": bounds["value"], "line": {"color": "c3"}, "name": "pass@k"}],
-            "layout": _layout("k", "pass@k", x={"type": "log", "tickvals": ks if len(ks) <= 4 else [k for k in ks if k & (k - 1) == 0]}, y={"range": [0, 1.02]}) | {"hovermode": "closest"},
+            "data": [area, {"type": "scatter", "x": ks, "y": bounds["value"], "line": {"color": "c3"}, "name": "pass@k"}],
+            "layout": axes("k", "pass@k", x={"type": "log", "tickvals": ks if len(ks) <= 4 else [k for k in ks if k & (k - 1) == 0]}, y={"range": [0, 1.02]}) | {"hovermode": "closest"},
         },
         "spectrum": {
             "data": [{"type": "scatter", "mode": "lines+markers", "x": rank_of, "y": numbers(values), "line": {"color": "c7"}, "marker": {"size": 4}, "name": "eigenvalue"}],
-            "layout": _layout("number of the eigenvalue", "eigenvalue", x={"type": "log"}, y={"type": "log", "exponentformat": "power"}) | {"showlegend": False},
+            "layout": axes("number of the eigenvalue", "eigenvalue", x={"type": "log"}, y={"type": "log", "exponentformat": "power"}) | {"showlegend": False},
         },
     }  # fmt: skip
-
-
-def _layout(
-    x_title: str, y_title: str, x: Mapping[str, Any] | None = None, y: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    return {"xaxis": {"title": {"text": x_title}, **(x or {})}, "yaxis": {"title": {"text": y_title}, **(y or {})}}

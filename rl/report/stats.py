@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from rl.estimators import pass_at_k
+
 RESAMPLES = 2000
 FLIPS = 10_000
 _EXACT = 13  # up to so many differences other than 0, all 2^n sign assignments are fewer than FLIPS
@@ -156,17 +158,13 @@ def improvement(a: np.ndarray, b: np.ndarray, seed: int = 0) -> Interval:
 
 
 def pass_curves(right: np.ndarray, n: int, ks: Sequence[int]) -> np.ndarray:
-    """Unbiased pass@k of each problem (problems, ks): ``1 - C(n - c, k) / C(n, k)`` for c right of n samples.
+    """Unbiased pass@k of each problem, (problems, ks). Args: right: of n samples each."""
+    return _pass_table(n, tuple(ks))[np.asarray(right, dtype=int)]
 
-    Source: Chen et al. (arXiv 2107.03374), equation 1.
-    """
-    # log of C(n - c, k) / C(n, k) for every c that can be, summed as products of (1 - k / i)
-    table = np.ones((n + 1, len(ks)))
-    for c in range(n + 1):
-        for j, k in enumerate(ks):
-            if n - c >= k:
-                table[c, j] = -np.expm1(np.log1p(-k / np.arange(n - c + 1, n + 1)).sum())
-    return table[np.asarray(right, dtype=int)]
+
+@lru_cache(maxsize=16)
+def _pass_table(n: int, ks: tuple[int, ...]) -> np.ndarray:
+    return np.array([[pass_at_k(n, c, k) for k in ks] for c in range(n + 1)])
 
 
 def crossover(a: np.ndarray, b: np.ndarray, ks: Sequence[int]) -> Interval:

@@ -11,6 +11,12 @@ def visible(text: str, lines: bool = False) -> str:
     return shown.replace(_MARKS["\n"], _MARKS["\n"] + "\n") if lines else shown
 
 
+def short(text: str, most: int, lines: bool = False) -> str:
+    """:func:`visible`; of a text longer than ``most`` characters the beginning and the end."""
+    half = most // 2
+    return visible(text if len(text) <= most else f"{text[:half]} […] {text[-half:]}", lines)
+
+
 def word(text: str) -> str:
     """A token by itself: its spaces are shown as well."""
     return visible(text).replace(" ", "\u2423") or "(empty)"

@@ -8,8 +8,8 @@ import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rl.config import BOOKKEEPING
 from rl.errors import ReportError
-from rl.report.methods import BOOKKEEPING
 from rl.report.reading import Run
 from rl.report.wandb_runs import address, asking
 from rl.wandb_run import plugins, set_names

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import pandas as pd
 import torch
@@ -20,6 +19,7 @@ from rl.quiet import quiet
 from rl.recording import TokenTexts, look_row
 from rl.report.lens import Side
 from rl.scoring import look
+from rl.study.place import name_of
 
 _PROMPTS, _SAMPLES = 8, 4  # held-out problems, and completions of each prompt, unless the command line says otherwise
 _TOP = 5
@@ -63,9 +63,8 @@ def lens_of_model(
     if alike is not None:
         texts = dict(enumerate(alike.views["samples"][0].drop_duplicates("problem")["prompt"]))
         joined["prompt"] = joined["problem"].map(texts).fillna(joined["prompt"])
-    name = Path(target).resolve().name if Path(target).exists() else target
     how = f"{cfg.eval.samples} completions of each prompt, temperature {decoding.temperature:g}, seed {cfg.eval.seed}"
-    return Side(name, how, {"samples": {0: joined}})
+    return Side(name_of(target), how, {"samples": {0: joined}})
 
 
 def _rows(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]):

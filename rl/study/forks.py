@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -16,15 +15,17 @@ from rl import build
 from rl.config import did_you_mean
 from rl.draw import Decoding, prompt_ids
 from rl.errors import ConfigError
-from rl.eval_run import config_for, plain_name, with_tokenizer
+from rl.eval_run import config_for, with_tokenizer
 from rl.eval_view import Drawing
 from rl.paths import find_model
 from rl.problems import graders, problem_sets
 from rl.quiet import quiet
 from rl.report.forks_page import write_forks
+from rl.report.page import without_nan
 from rl.rundir import write_json
 from rl.study.branching import Options, Study, check_prompt, check_temperature, draw_completion, study
 from rl.study.forks_view import print_forks
+from rl.study.place import page_of
 
 _COMPLETIONS = ("sample", "greedy")
 _EXAMPLES = 3  # right ones and wrong ones to read, of each branch
@@ -53,7 +54,8 @@ def show_forks(
         out: the page; default ``<run folder>/forks.html`` or ``./forks_<model>.html``.
 
     Raises:
-        ConfigError: a setting out of range, or what :func:`rl.study.branching.study` raises. CheckpointError: no model.
+        ConfigError: a setting out of range, or what :func:`rl.study.branching.study` raises. ReportError: no place for the page.
+        CheckpointError: no model.
     """
     quiet()
     cfg = config_for(target, overrides, config_dir)
@@ -70,8 +72,7 @@ def show_forks(
         raise ConfigError(
             f"entrl forks draws by itself, and eval.engine={cfg.eval.engine} is another program. Leave it at native."
         )
-    page = out or _default_out(target)
-    _check_out(page)
+    page = page_of(target, "forks", out)
     check_temperature(cfg.eval.temperature)
     decoding = build.decoding(cfg)
     build.use_threads(cfg.engine.threads)
@@ -143,28 +144,9 @@ def _text(prompt: str | list[dict]) -> str:
     return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 
-def _default_out(target: str) -> Path:
-    if (Path(target) / "config.yaml").is_file():
-        return Path(target) / "forks.html"
-    return Path(f"forks_{plain_name(target)}.html")
-
-
-def _check_out(page: Path) -> None:
-    """Raise ConfigError for a page that could not be written, before anything is drawn."""
-    if page.suffix == ".json" or page.is_dir():
-        raise ConfigError(
-            f"--out {page} is no place for a page. Expected a file as forks.html; its numbers go beside it as .json."
-        )
-    there = next(folder for folder in page.absolute().parents if folder.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise ConfigError(
-            f"{page} cannot be written: {there} is no folder to write into. Give another file with --out."
-        )
-
-
 def as_json(found: Study, facts: dict[str, Any], decoding: Decoding) -> dict[str, Any]:
     """Facts and numbers as plain JSON, of the continuations a few to read; what is unknown is None."""
-    made = _finite(asdict(found)) | facts | {"decoding": asdict(decoding)}
+    made = without_nan(asdict(found)) | facts | {"decoding": asdict(decoding)}
     for fork in made["forks"]:
         for branch in fork["branches"]:
             samples = branch.pop("samples")
@@ -176,11 +158,3 @@ def as_json(found: Study, facts: dict[str, Any], decoding: Decoding) -> dict[str
 
 def _different(samples: list[dict]) -> list[dict]:
     return list({s["text"]: s for s in samples}.values())
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and value != value else value

@@ -9,8 +9,9 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-from rl.report.text import visible, word
+from rl.report.text import short, visible, word
 
+_WIDTH = 160  # characters of a text in a line
 _NAMES = {"correct": "correct", "majority": "with the majority's answer", "unknown": "of unknown value"}
 
 
@@ -19,11 +20,11 @@ def print_forks(report: Mapping[str, Any]) -> None:
     right, wrong = ("the majority's", "not the majority's") if report["majority"] is not None else ("right", "wrong")
     said = {True: right, False: wrong, None: "not graded"}[report["right"]]
     print(f"\n{report['model']}, {report['problem']}")
-    print(f"prompt      {_short(report['prompt'])}")
+    print(f"prompt      {short(report['prompt'], _WIDTH)}")
     print(f"completion  {_marked(report)}   ({said}{', truncated' if report['truncated'] else ''})")
     if report["majority"] is not None:
         print(
-            f"majority    {_short(report['majority'])}, the most frequent answer of {report['samples']} completions; it need not be right"
+            f"majority    {short(report['majority'], _WIDTH)}, the most frequent answer of {report['samples']} completions; it need not be right"
         )
     print(
         f"value       {_interval(report['start'])} of {report['samples']} completions of the prompt are {_NAMES[report['measure']]}"
@@ -75,11 +76,6 @@ def _marked(report: Mapping[str, Any]) -> str:
     marks = {place: f"[{number}]" for place, number in numbers.items()}
     spaces = [len(text) - len(text.lstrip(" ")) for text in texts]
     return "".join(t[:n] + marks.get(i, "") + t[n:] for i, (t, n) in enumerate(zip(texts, spaces, strict=True)))
-
-
-def _short(text: str, width: int = 160) -> str:
-    text = visible(text)
-    return text if len(text) <= width else f"{text[: width // 2]} ... {text[-width // 2 :]}"
 
 
 def _number(value: float | None, sign: str = "") -> str:

@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rl.errors import ConfigError
+from rl.paths import plain_name
 from rl.report.lens import MAX_SIDES, lens_of_run, write_lens
+from rl.report.page import check_place
+from rl.study.place import name_of
 
 
 def show_lens(
@@ -30,6 +33,10 @@ def show_lens(
         raise ConfigError('--prompt is empty. Give the text, as --prompt "What is 17 * 23?".')
     runs = [(Path(target) / "config.yaml").is_file() or (Path(target) / "sweep.json").is_file() for target in targets]
     recorded = all(runs) and not prompts
+    names = "_vs_".join(plain_name(name_of(target)) for target in targets)
+    single = recorded and len(targets) == 1
+    place = out or (Path(targets[0]) / "lens.html" if single else Path(f"lens_{names}.html"))
+    check_place(place)
     if recorded and overrides:
         raise ConfigError(
             f"{overrides[0]} changes nothing in what a run recorded. Leave it out, or let its model draw anew: "
@@ -43,14 +50,6 @@ def show_lens(
         sides = []
         for target in targets:
             sides.append(lens_of_model(target, prompts, overrides, config_dir, alike=sides[0] if sides else None))
-    single = recorded and len(targets) == 1
-    names = "_vs_".join(_plain(side.name) for side in sides)
-    place = out or (Path(targets[0]) / "lens.html" if single else Path(f"lens_{names}.html"))
     for line in write_lens(sides, place):
         print(line)
     return place
-
-
-def _plain(name: str) -> str:
-    """A name for a file."""
-    return "".join(c if c.isalnum() or c in "-._" else "_" for c in name).strip("_.") or "model"

@@ -16,13 +16,16 @@ from rl import build, rundir
 from rl.draw import prompt_ids
 from rl.errors import ConfigError
 from rl.estimators import bootstrap_interval, pass_at_k
-from rl.eval_run import config_for, eval_folder, evaluate_sets, limited, plain_name, sample_names, with_tokenizer
+from rl.eval_run import config_for, eval_folder, evaluate_sets, limited, sample_names, with_tokenizer
 from rl.paths import find_model
 from rl.problems import problem_sets
 from rl.quiet import quiet
+from rl.recorder import Told
+from rl.recording import padded
 from rl.report.passport_page import card, write_passport
 from rl.scoring import base_of, look
 from rl.study.geometry import spectrum
+from rl.study.place import page_of
 
 _TOP_SHARES = np.arange(0, 101) / 100
 _EDGES = np.concatenate([[0.0], np.geomspace(1e-4, 20.0, 65)])  # nats; as rl.dynamics
@@ -38,11 +41,12 @@ def show_passport(target: str, overrides: Sequence[str], config_dir: str | None,
         The page: ``out``, or ``passport.html`` in a run folder, or ``passport_<model>.html``.
 
     Raises:
-        ConfigError: several sets, or a setting that does not work.
+        ConfigError: several sets, or a setting that does not work. ReportError: no place for the page.
     """
     quiet()
     cfg = config_for(target, list(overrides), config_dir)
     _check(cfg)
+    page = page_of(target, "passport", out)
     build.use_threads(cfg.engine.threads)
     path = find_model(target)
     tokenizer = build.tokenizer(with_tokenizer(path), cfg.model)
@@ -59,11 +63,6 @@ def show_passport(target: str, overrides: Sequence[str], config_dir: str | None,
     states = prompt_states(model, prompts, cfg.eval.batch_size, tokenizer.pad_token_id)
     found = passport(samples, ranks, states, tokenizer, cfg.passport.tokens, cfg.passport.min_count)
     found |= {"model": target, "data": name, "temperature": cfg.eval.temperature, "parameters": model.num_parameters()}
-    page = out or (
-        Path(target) / "passport.html"
-        if Path(target, "manifest.json").is_file()
-        else Path(f"passport_{plain_name(target)}.html")
-    )
     write_passport(page, found)
     rundir.write_json(page.with_suffix(".json"), found)
     rundir.write_text(page.with_suffix(".md"), card(found))
@@ -170,31 +169,20 @@ def sampled_ranks(
     pad: int,
 ) -> list[np.ndarray]:
     """Rank of every token of every sample among all words, 1 the most likely."""
-    pairs = [
-        (prompts[p], np.asarray(i).tolist()) for p, i in zip(samples["problem"], samples["token_ids"], strict=True)
-    ]
-    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
-    found: list[np.ndarray] = [np.zeros(0)] * len(pairs)
+    told = [_told(prompts[p], ids.tolist()) for p, ids in zip(samples["problem"], samples["token_ids"], strict=True)]
+    order = sorted(range(len(told)), key=lambda i: len(told[i].prompt) + len(told[i].completion))
+    found: list[np.ndarray] = [np.zeros(0)] * len(told)
     for start in range(0, len(order), batch):
         chosen = order[start : start + batch]
-        ids, attention, width = _side_by_side([pairs[i] for i in chosen], pad, model.device)
-        rank = look(model, ids, attention, width, temperature, k=1).rank.cpu().numpy()
-        for row, i in enumerate(chosen):
-            found[i] = rank[row, : len(pairs[i][1])]
+        ids, attention, there = (x.to(model.device) for x in padded([told[i] for i in chosen], pad))
+        ranks = look(model, ids, attention, there.shape[1], temperature, k=1).rank
+        for i, rank, of_it in zip(chosen, ranks, there, strict=True):
+            found[i] = rank[of_it].cpu().numpy()
     return found
 
 
-def _side_by_side(
-    pairs: Sequence[tuple[list[int], list[int]]], pad: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Prompts to the left and completions to the right of one column; and the width of the completions."""
-    left, width = max(len(p) for p, _ in pairs), max(len(c) for _, c in pairs)
-    ids = torch.full((len(pairs), left + width), pad)
-    attention = torch.zeros_like(ids)
-    for row, (prompt, completion) in enumerate(pairs):
-        ids[row, left - len(prompt) : left + len(completion)] = torch.tensor(prompt + completion)
-        attention[row, left - len(prompt) : left + len(completion)] = 1
-    return ids.to(device), attention.to(device), width
+def _told(prompt: list[int], completion: list[int]) -> Told:
+    return Told(prompt, completion, [True] * len(completion))
 
 
 @torch.no_grad()
@@ -203,7 +191,7 @@ def prompt_states(model: PreTrainedModel, prompts: Sequence[list[int]], batch: i
     backbone, found = base_of(model).base_model, []
     for start in range(0, len(prompts), batch):
         chosen = prompts[start : start + batch]
-        ids, attention, _ = _side_by_side([([], prompt) for prompt in chosen], pad, model.device)
+        ids, attention, _ = (x.to(model.device) for x in padded([_told([], prompt) for prompt in chosen], pad))
         states = backbone(input_ids=ids, attention_mask=attention, use_cache=False).last_hidden_state
         last = torch.tensor([len(prompt) - 1 for prompt in chosen], device=states.device)
         found.append(states[torch.arange(len(chosen), device=states.device), last].float().cpu().numpy())

@@ -3,7 +3,7 @@
 import pytest
 
 from rl.report.forks_page import value_chart, write_forks
-from rl.report.text import visible, word
+from rl.report.text import short, visible, word
 
 EVIL = "<script>window.broken = 1</script>\x1b[31m"
 
@@ -160,9 +160,14 @@ def test_the_value_curve_goes_through_every_fork_to_the_outcome(report):
     band, line = value_chart(report)["data"]
     assert line["x"] == [0, 1, 2, 2, 3, 6] and line["y"] == [0.5, 0.5, 0.55, 0.6, 0.1, 0.0]
     assert len(band["x"]) == len(band["y"]) == 12
-    assert "<script" not in str(value_chart(report)["layout"])
+    report["forks"][0]["branches"] = [
+        {**b, "text": "<b>x" if b["taken"] else ""} for b in report["forks"][0]["branches"]
+    ]
+    drawn = str(value_chart(report))
+    assert "<script" not in drawn and "<b>x" not in drawn and "&lt;b>x" in drawn  # Plotly reads HTML in its texts
 
 
 def test_what_cannot_be_seen_is_shown():
     assert visible("a\tb\nc\x1b\u202e") == "a⇥b↵c\\x1b\\u202e" and visible("a\nb", lines=True) == "a↵\nb"
     assert word(" a") == "␣a" and word("") == "(empty)" and word("\n") == "↵"
+    assert short("a" * 9, 10) == "a" * 9 and short("a" * 9 + "\nb", 6) == "aaa […] a↵b"

@@ -103,9 +103,10 @@ def test_every_idle_plugin_goes_off_by_itself_and_a_busy_one_never():
 
 
 def test_a_shadow_has_words_of_its_own():
-    metrics = {"plugin/a/touched": 0.0, "shadow/a/jaccard": 0.0}
     watch = IdlePlugin(**ONE)
-    *_, (reading,) = [list(watch.read(step, metrics)) for step in range(10)]
+    # of plain GRPO there is no Jaccard index, and in a step without any advantage no cosine either
+    steps = [{"plugin/a/touched": 0.0, **({"shadow/a/cosine": 1.0} if step < 9 else {})} for step in range(10)]
+    *_, (reading,) = [list(watch.read(step, metrics)) for step, metrics in enumerate(steps)]
     assert "plugin.a, a shadow, would have touched no token for 10 steps" in reading.text
 
 

@@ -56,6 +56,14 @@ def test_what_computes_nothing_may_change_but_not_in_a_dry_run(tmp_path, folder)
     assert to_resume(longer) == folder and read(folder) == longer
 
 
+def test_a_run_goes_on_that_an_earlier_entrl_began(tmp_path, folder):
+    config = read(folder)
+    for group in ("forks", "passport", "alarm"):
+        config.pop(group)
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(config))
+    assert to_resume(asked(tmp_path)) == folder and read(folder) == asked(tmp_path)
+
+
 def test_a_run_that_is_going_on_keeps_its_configuration(tmp_path, folder):
     code = f"import sys; from rl.rundir import hold; lock = hold({str(folder)!r}); print('held', flush=True); sys.stdin.read()"
     other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

@@ -113,4 +113,10 @@ def test_a_wrong_model_is_refused(capsys, tmp_path):
 def test_a_page_that_cannot_be_written_is_refused(capsys, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr("rl.study.forks.study", None)  # nothing is drawn before that is known
-    assert "cannot be written" in fails(capsys, "forks", MODEL, *TINY, "--out", str(tmp_path / "file" / "a.html"))
+    out = ["--out", str(tmp_path / "file" / "a.html")]
+    assert "cannot be written" in fails(capsys, "forks", MODEL, *TINY, *out)
+    monkeypatch.setattr("rl.study.passport.evaluate_sets", None)
+    assert "cannot be written" in fails(capsys, "passport", MODEL, *out)
+    assert "no place for a page" in fails(capsys, "passport", MODEL, "--out", "card.md")
+    monkeypatch.setattr("rl.study.draw_lens.lens_of_model", None)
+    assert "cannot be written" in fails(capsys, "lens", MODEL, *out)
