@@ -129,7 +129,7 @@ def test_shadows_and_forecasts_are_shown_where_a_run_has_them(made):
     (made / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = charts(made)
     assert [t["name"] for t in found["shadows"].figure["data"]] == ["steer jaccard", "steer cosine"]
-    assert [t["name"] for t in found["touched"].figure["data"]] == ["fork_mask", "steer (a shadow)"]
+    assert [t["name"] for t in found["touched"].figure["data"]] == ["fork_mask", "steer (shadow)"]
     config = CONFIG.replace("plugin:\n", "plugin:\n  steer: {shadow: true}\n")
     (made / "config.yaml").write_text(config)
     said = words(write_report(made))
