@@ -105,8 +105,8 @@ def _write(files: Mapping[Path, str]) -> None:
             write_text(path, text)
             written.append(path)
     except OSError as error:
-        for path in written:
-            path.unlink()
+        for whole in written:
+            whole.unlink()
         reason = error.strerror or type(error).__name__
         raise ConfigError(f"{path} cannot be written: {reason}. Start from a folder of your own.") from error
 
