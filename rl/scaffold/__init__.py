@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import keyword
+import os
 import re
 import shlex
 import sys
@@ -37,7 +38,7 @@ def new_plugin(name: str, config_dir: str | None) -> str:
     _check_name(name, title)
     files = _inside(name, title) if inside else _private(name, title, Path(config_dir or "configs"))
     for path in files:
-        if path.exists():
+        if os.path.lexists(path):  # a link that leads nowhere is somebody's too
             raise ConfigError(
                 f"{path} is there already, and nothing is overwritten. Choose another name, or move it away."
             )

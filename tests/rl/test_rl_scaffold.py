@@ -141,6 +141,12 @@ def test_overwrites_nothing(folder, capsys, taken):
     assert files(folder) == [taken] and (folder / taken).read_text() == "mine"
 
 
+def test_replaces_no_link(folder, capsys):
+    (folder / "my_idea.py").symlink_to("nowhere")
+    assert "my_idea.py is there already" in fails(capsys, "new", "plugin", "my_idea")
+    assert (folder / "my_idea.py").is_symlink() and not files(folder)
+
+
 def test_leaves_nothing_behind_where_a_file_cannot_be_written(folder, capsys):
     (folder / "configs").write_text("a file where a folder is needed")
     assert "configs/plugin/my_idea.yaml cannot be written" in fails(capsys, "new", "plugin", "my_idea")
