@@ -68,6 +68,7 @@ VERBS = {
     ),
     "explain": Verb(),
     "rewards": Verb(words=("check",)),
+    "new": Verb(words=("plugin",), target="a name, as my_idea", needs_target=True),
     "show": Verb(flags=("--full",)),
 }
 

@@ -55,6 +55,9 @@ usage: entrl VERB [key=value ...] [--config-dir DIR]
             entrl doctor --rollouts 32                               also sample, and suggest rho and entropy targets
   rewards check whether rewards tell right from wrong on the data
             entrl rewards check data=math500 data.path=math500.parquet
+  new     write a method of your own to start from: its file, its settings, its test (docs/your-own-method.md)
+            entrl new plugin my_idea                                 in the current folder, or in a checkout of entrl
+            entrl new plugin my_idea --config-dir my_configs
   show    print what an experiment or override changes against the default (--full: everything)
             entrl show experiment=paper/steer
             entrl show --full plugin=[steer]
@@ -253,6 +256,14 @@ def _rewards(arguments: Arguments, argv: Sequence[str]) -> int:
     return check_rewards(cfg)
 
 
+def _new(arguments: Arguments, argv: Sequence[str]) -> int:
+    _no_overrides(arguments)
+    from rl.scaffold import new_plugin
+
+    print(new_plugin(arguments.target, arguments.config_dir))
+    return 0
+
+
 def _show(arguments: Arguments, argv: Sequence[str] = (), full: bool = False) -> int:
     from omegaconf import OmegaConf
 
@@ -283,6 +294,7 @@ _VERBS = {
     "explain": _explain,
     "doctor": _doctor,
     "rewards": _rewards,
+    "new": _new,
     "show": _show,
 }
 

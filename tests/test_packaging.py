@@ -1,6 +1,7 @@
 """Wheel and editable install in a clean environment, from a folder that holds its own data/ and rewards/."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -73,6 +74,7 @@ def test_what_is_in_the_wheel(wheel):
         relative = config.relative_to(ROOT / "configs")
         assert f"rl/_configs/{relative}" in names or relative.parts[0] == "local"
     assert "rl/assets/countdown/model.safetensors" in names and "rl/_slurm/README.md" in names
+    assert {"rl/scaffold/method.py.txt", "rl/scaffold/method.yaml.txt", "rl/scaffold/test.py.txt"} <= set(names)
     assert {"rl/report/templates/base.html.j2", "rl/report/assets/base.js"} <= set(names)
     assert not any("local/default" in name or name.startswith(("tests/", "scripts/")) for name in names)
 
@@ -80,7 +82,21 @@ def test_what_is_in_the_wheel(wheel):
 def test_wheel_install(wheel, tmp_path):
     python = environment(tmp_path / "venv")
     run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel, cwd=tmp_path)
-    check_works(python, someones_folder(tmp_path))
+    work = someones_folder(tmp_path)
+    check_works(python, work)
+    check_a_method_of_ones_own(python, work)
+
+
+def check_a_method_of_ones_own(python, cwd):
+    """What ``entrl new plugin`` writes passes its test and gets as far as the training, as the commands it prints say."""
+    entrl = python.parent / "entrl"
+    said = run(entrl, "new", "plugin", "my_idea", cwd=cwd)
+    assert {"my_idea.py", "test_my_idea.py", "configs"} <= {path.name for path in cwd.iterdir()}
+    test, train = (next(line for line in said.splitlines() if word in line) for word in ("pytest", "entrl train"))
+    assert "passed" in run(python, *shlex.split(test)[1:], cwd=cwd, OMP_NUM_THREADS="1")
+    offline = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    out = run(entrl, *shlex.split(train)[1:], "dry_run=true", cwd=cwd, **offline)
+    assert "nothing was trained or written" in out
 
 
 def test_editable_install(source, tmp_path):
