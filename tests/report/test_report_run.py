@@ -130,11 +130,6 @@ def test_shadows_and_forecasts_are_shown_where_a_run_has_them(made):
     found = charts(made)
     assert [t["name"] for t in found["shadows"].figure["data"]] == ["steer jaccard", "steer cosine"]
     assert [t["name"] for t in found["touched"].figure["data"]] == ["fork_mask", "steer (shadow)"]
-    config = CONFIG.replace("plugin:\n", "plugin:\n  steer: {shadow: true}\n")
-    (made / "config.yaml").write_text(config)
-    said = words(write_report(made))
-    assert "steer only watched; it would have touched 60.0% of the tokens" in said and "fork_mask touched 80.0%" in said
-    assert "plug-ins steer (a shadow), fork_mask" in said
     assert [t["name"] for t in found["forecast"].figure["data"]] == ["lower end", "upper end", "forecast", "reward"]
     assert found["forecast"].note.startswith("In 10 steps, first 31,")
 
