@@ -137,6 +137,8 @@ def _places(name: str, verb: Verb, plain: list[str]) -> tuple[str | None, list[s
         behind = f"entrl {name} {word}" if word else f"entrl {name}"
         raise ConfigError(f"{behind} needs {verb.target}.")
     allowed = (len(plain) if verb.many else 1) if takes else 0
+    if len(plain) > allowed == 1:
+        raise ConfigError(f"entrl {name} takes one target, {verb.target}, and got {plain[1]!r} too.")
     if len(plain) > allowed:
         raise ConfigError(f"{plain[allowed]!r} is no override. Expected key=value, as trainer.max_steps=100.")
     return word, plain

@@ -194,6 +194,13 @@ def test_arguments_in_any_order():
             parse(bad)
 
 
+def test_one_target_too_many_is_named():
+    with pytest.raises(
+        ConfigError, match="entrl report takes one target, a run folder, as runs/NAME, and got 'runs/b' too"
+    ):
+        parse(["report", "runs/a", "runs/b"])
+
+
 def test_words_behind_a_verb():
     assert parse(["sweep", "seed=1,2"]).word is None
     asked = parse(["sweep", "retry", "runs/x", "launcher.at_once=2"])

@@ -289,6 +289,9 @@ def _notes(results: Sequence[Result], pairs: Sequence[Pair]) -> list[str]:
             notes.append(f"{result.letter}: left out of the numbers, because not finished: {states}.")
         if not result.finished:
             notes.append(f"{result.letter}: no run has finished; the numbers are of what there is.")
+        early = [run for run in result.used if run.summary.get("stopped_by")]
+        if early:
+            notes.append(f"{result.letter}: {len(early)} of {len(result.used)} runs ended early, by an alarm.")
         repeated = [s for s, n in Counter(run.config.get("seed") for run in result.used).items() if n > 1]
         if repeated:
             notes.append(f"{result.letter}: several runs with seed {', '.join(map(str, repeated))}.")

@@ -82,7 +82,10 @@ def ending(run: Run) -> tuple[str, str]:
         return run.state, shown(reason)
     last = _number(run.metrics["time/at"].max()) if "time/at" in run.metrics and len(run.metrics) else None
     when = f"; its last step is of {datetime.fromtimestamp(last, UTC):%Y-%m-%d %H:%M} UTC" if last else ""
-    return run.state, "" if run.state == "done" else f"it has not ended, or was killed hard{when}"
+    if run.state == "done":
+        alarm = run.summary.get("stopped_by")
+        return run.state, f"ended early, by the alarm {shown(alarm, 80)}" if alarm else ""
+    return run.state, f"it has not ended, or was killed hard{when}"
 
 
 def attempts(run: Run) -> int:

@@ -67,6 +67,8 @@ def _nothing(run: Run, broken: Sequence[str]) -> str:
     again = f"or look at a model it saved: entrl lens {run.folder} --prompt TEXT."
     if (run.config.get("record") or {}).get("every") == 0:
         return f"{run.folder} has no rollouts: it ran with record.every=0. Train with record.every=20, {again}"
+    if run.state == "done":
+        return f"{run.folder} has no rollouts/ and no probes/ any more. Restore them from a copy of the run, {again}"
     return f"{run.folder} has no rollouts: it ended before its first step was recorded. Go on with it: entrl resume {run.folder}, {again}"
 
 

@@ -105,7 +105,7 @@ def drawn(
                 count = min(left, decoding.batch_size)
                 parts.append(_batch(model, tokenizer, [ids] * count, decoding, ends, texts))
                 left -= count
-            text = tokenizer.decode(ids, skip_special_tokens=True)
+            text = tokenizer.decode(ids, skip_special_tokens=True) or tokenizer.decode(ids)  # of unknown words only
             frames.append(pd.concat(parts, ignore_index=True).assign(problem=number, prompt=text))
     return frames
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rl import build, rundir
@@ -71,10 +71,11 @@ def show_passport(target: str, overrides: Sequence[str], config_dir: str | None,
 
 
 def _check(cfg: DictConfig) -> None:
-    for key in ("problems", "tokens", "min_count"):
-        value = cfg.passport[key]
+    for key in ("passport.problems", "passport.tokens", "passport.min_count", "eval.samples"):
+        value = OmegaConf.select(cfg, key)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(f"passport.{key}={value} does not work. Expected a whole number of at least 1.")
+            raise ConfigError(f"{key}={value} does not work. Expected a whole number of at least 1.")
+    cfg.eval.ks = [1]  # a passport has every k
     if cfg.eval.engine != "native":
         raise ConfigError(
             f"entrl passport samples by itself, and eval.engine={cfg.eval.engine} is another program. Leave it at native."

@@ -92,6 +92,13 @@ def test_runs_that_did_not_finish_are_shown_and_left_out(runs, capsys):
     assert re.search(r"plugin=none +5 +3 ", shown) and "not finished: 1 failed, 1 open" in shown
 
 
+def test_runs_that_an_alarm_stopped_are_counted(runs):
+    summary = json.loads((runs / "plain_s2" / "summary.json").read_text()) | {"stopped_by": "length"}
+    (runs / "plain_s2" / "summary.json").write_text(json.dumps(summary))
+    notes = compare(read(*(runs / f"plain_s{seed}" for seed in (1, 2, 3)))).notes
+    assert "A: 1 of 3 runs ended early, by an alarm." in notes
+
+
 def test_where_nothing_finished_the_numbers_are_of_what_there_is(tmp_path):
     write_run(tmp_path / "a", state="STOPPED", steps=9)
     found = compare(read(tmp_path / "a"))

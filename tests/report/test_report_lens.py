@@ -190,6 +190,12 @@ def test_a_run_without_rollouts_says_why_and_what_to_do(run_folder, config, says
         lens_of_run(run_folder)
 
 
+def test_a_finished_run_without_its_recordings_is_not_told_to_go_on(run_folder):
+    (run_folder / "DONE").write_text("\n")
+    with pytest.raises(ReportError, match="any more. Restore them"):
+        lens_of_run(run_folder)
+
+
 def test_a_run_of_which_nothing_can_be_read(run_folder):
     (run_folder / "rollouts" / "step_000040.parquet").write_text("torn")
     with pytest.raises(ReportError, match="step 40 cannot be read"):
@@ -302,6 +308,15 @@ def test_two_sides_show_the_same_prompt_and_say_where_there_is_none(opened):
     page.run("document.querySelector('#prompts [aria-current]').focus()")
     ActionChains(page.driver).send_keys(Keys.ARROW_UP).perform()
     page.wait("!document.getElementById('sides').textContent.includes('Nothing of this prompt')")
+
+
+def test_a_run_without_probes_beside_one_with_them(opened):
+    old = side("old", rollouts={20: rollouts(20, ["both"])})
+    new = side("new", probes={0: probes(0)}, rollouts={20: rollouts(20, ["both"])})
+    page = opened(new, old)
+    shown(page, "rollouts 20")  # what both have comes first
+    page.run("[...document.querySelectorAll('#views button')].find(b => b.value === 'probes').click()")
+    page.wait("document.querySelectorAll('.side')[1].textContent.includes('No probes were recorded here')")
 
 
 def test_the_slider_can_stay_with_a_prompt(opened):

@@ -76,6 +76,12 @@ def test_a_run_that_ended_badly_says_why(tmp_path, state):
     assert "no evaluation before or after training" in said
 
 
+def test_a_run_that_an_alarm_stopped_says_so(made):
+    summary = json.loads((made / "summary.json").read_text()) | {"stopped_by": "entropy_slope"}
+    (made / "summary.json").write_text(json.dumps(summary))
+    assert "done ended early, by the alarm entropy_slope" in words(write_report(made))
+
+
 @pytest.mark.parametrize("steps", [0, 1, 2])
 def test_a_run_of_hardly_any_steps_has_a_report(tmp_path, steps):
     folder = write_run(tmp_path / "a", steps=steps, summary=False, marker=None)

@@ -13,6 +13,7 @@ function block(side, step) {
   return blocks.get(name);
 }
 const steps = () => view.steps.filter(step => !by("stay").checked || has(step, state.prompt));
+const recorded = (view, side) => Object.keys(view.has[side]).length > 0;
 const has = (step, prompt) => view.has.some(side => side[step]?.[prompt]);
 const log = () => by("log").checked && !!paint.colours[state.colour].log;
 
@@ -115,7 +116,7 @@ function sideOf(data, side) {
   const box = entrl.element("div", {class: "side"});
   if (index.sides.length > 1) box.append(entrl.element("h2", {}, index.sides[side].name));
   const rows = data ? data.rows.filter(row => row.p === state.prompt) : [];
-  if (!rows.length) box.append(entrl.element("p", {class: "muted"}, `Nothing of this prompt here${view.steps.length > 1 ? " at step " + state.step : ""}.`));
+  if (!rows.length) box.append(entrl.element("p", {class: "muted"}, !recorded(view, side) ? `No ${view.name} were recorded here.` : `Nothing of this prompt here${view.steps.length > 1 ? " at step " + state.step : ""}.`));
   if (rows.some(row => row.kind === "fixed") && view.steps.length > 1) box.append(meltBox(side));
   rows.forEach((row, number) => box.append(cardOf(data, row, side, number)));
   return box;
@@ -365,5 +366,5 @@ entrl.data("index").then(found => {
     button.addEventListener("click", () => chooseView(v.name));
     return button;
   }));
-  chooseView(index.views[0].name);
+  chooseView((index.views.find(v => v.has.every((_, side) => recorded(v, side))) || index.views[0]).name);  // one that both sides have
 });
