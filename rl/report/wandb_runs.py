@@ -123,7 +123,8 @@ def _run(run: Any, name: str) -> Run:
     metrics, histograms = _history(run.scan_history(use_cache=False))
     steps = int(metrics.index.max()) if len(metrics) else 0
     state = _STATES.get(run.state, "open")
-    if state == "done" and steps < config["trainer"].get("max_steps", 0):
+    ended = "seconds/total" in run.summary_metrics  # also where an alarm ended it early
+    if state == "done" and steps < config["trainer"].get("max_steps", 0) and not ended:
         state = "stopped"  # by a signal, with a checkpoint: for W&B that is no failure
     return Run(
         folder=Path(f"wandb:{run.entity}/{run.project}") / name.replace("/", "_"),
@@ -182,6 +183,7 @@ def _summary(flat: Mapping[str, Any], config: Mapping[str, Any], order: Sequence
         **({"sets": sets} if len(sets) > 1 else {}),
         **{name: values for name, values in rest.items() if values},
         "plugins": [name for name, node in config["plugin"].items() if not is_shadow(node)],
+        "shadows": [name for name, node in config["plugin"].items() if is_shadow(node)],
         "seed": config.get("seed"),
         "steps": steps,
     }

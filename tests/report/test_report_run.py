@@ -188,5 +188,7 @@ def test_pages_beside_the_report_are_linked_from_where_it_is(tmp_path, made):
 def test_lines_that_are_json_by_chance_are_no_steps(made):
     with open(made / "metrics.jsonl", "a") as metrics:
         metrics.write('4\n{"reward/mean": 1}\n{"step": 41, "reward/mean": "much"}\n')
+    with open(made / "metrics.jsonl", "ab") as metrics:
+        metrics.write(b"\xff\x00{\n")  # what a lost disk may leave
     run = read_run(made)
-    assert run.torn == 2 and run.metrics.index[-1] == 41 and run.metrics["reward/mean"].isna().iloc[-1]
+    assert run.torn == 3 and run.metrics.index[-1] == 41 and run.metrics["reward/mean"].isna().iloc[-1]
