@@ -29,7 +29,7 @@ from rewards.errors import RewardError
 from rewards.gate import Gated, Once
 from rl.alarms import Watch
 from rl.checkpoint import Checkpoints
-from rl.config import did_you_mean, gate_order, reward_gates, shadow_plugins
+from rl.config import did_you_mean, gate_order, reward_gates
 from rl.contract import TokenPlugin
 from rl.draw import Decoding
 from rl.errors import CheckpointError, ConfigError, EntrlError
@@ -37,6 +37,7 @@ from rl.evaluate import check_ks
 from rl.options import check_trainer_options
 from rl.pipeline import Pipeline
 from rl.rollout import NativeSampler
+from rl.shadows import shadow_plugins
 
 _BACKENDS = ("hf", "native", "vllm")
 _DTYPES = ("auto", "bfloat16", "float16", "float32")

@@ -67,6 +67,16 @@ def compose(overrides: Sequence[str] = (), config_dir: str | None = None) -> Dic
             cfg = hydra_compose("train", overrides=asked)
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError(_explain(error, overrides)) from error
+        except ValueError as error:  # Hydra's own for a group that is null
+            group = next(
+                (o for o in overrides if o.endswith("=null") and _options(o[: -len("=null")].lstrip("+"))), None
+            )
+            if group is None:
+                raise
+            name = group[: -len("=null")].lstrip("+")
+            raise ConfigError(
+                f"{group} takes no choice. Expected one of: {', '.join(_options(name))}; or '~{name}'."
+            ) from error
     _check_selected(cfg)
     _check_sets(cfg.data)
     try:
@@ -295,16 +305,6 @@ def _first_line(error: Exception) -> str:
 def plugin_names() -> list[str]:
     """The plug-ins that ship with entrl."""
     return _options("plugin")
-
-
-def shadow_plugins(cfg: DictConfig) -> list[str]:
-    """The selected plug-ins that only measure what they would do."""
-    return [name for name, node in cfg.plugin.items() if node.get("shadow", False)]
-
-
-def acting_plugins(cfg: DictConfig) -> list[str]:
-    """The selected plug-ins that act, in order."""
-    return [name for name in cfg.plugin if name not in shadow_plugins(cfg)]
 
 
 def differences(cfg: DictConfig, base: DictConfig) -> dict[str, tuple[Any, Any]]:

@@ -9,12 +9,13 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from rl import rundir
-from rl.config import BOOKKEEPING, acting_plugins, differences
+from rl.config import BOOKKEEPING, differences
 from rl.engine import Engine, engine, write_deepspeed
 from rl.errors import CheckpointError, ConfigError
 from rl.paths import configs_dir
 from rl.preflight.brief import Ready, before_training, settings_only
 from rl.redact import without_secrets
+from rl.shadows import acting_plugins
 
 
 def prepare(cfg: DictConfig, overrides: Sequence[str], argv: Sequence[str], here: bool = True) -> Path:

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from rl.config import acting_plugins
 from rl.errors import ConfigError
 from rl.paths import slurm_dir
 from rl.server import server_of
+from rl.shadows import acting_plugins
 from rl.slurm_site import check, directive, lines
 
 

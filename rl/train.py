@@ -20,7 +20,6 @@ from rl.callbacks.forecast import WithForecast
 from rl.callbacks.progress import Progress, show_sample
 from rl.callbacks.stop import StopAtBoundary
 from rl.checkpoint import manifest_of, newest_good, rewind
-from rl.config import acting_plugins, shadow_plugins
 from rl.dynamics import Dynamics
 from rl.engine import Engine, engine, enter, whole
 from rl.errors import ConfigError, Stopped
@@ -36,6 +35,7 @@ from rl.rank import attempt
 from rl.recorder import Recorder
 from rl.reduce import from_first, leave, rank
 from rl.rundir import state
+from rl.shadows import acting_plugins, shadow_plugins
 from rl.stop import StopSignal
 from rl.tracking import Tracker, resolve_mode
 from rl.trainer import EntropyTrainer

@@ -27,6 +27,7 @@ from urllib.parse import urlparse
 
 from rl.redact import public_words
 from rl.rundir import read_json, write_json
+from rl.shadows import acting_plugins
 
 
 @dataclass(frozen=True)
@@ -79,13 +80,8 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def plugins(config: Mapping[str, Any]) -> str:
-    """The plug-ins that act in a run in one word, to group by: ``fork_mask+steer``, or ``grpo`` without any."""
-    return "+".join(name for name, node in (config.get("plugin") or {}).items() if not is_shadow(node)) or "grpo"
-
-
-def is_shadow(node: Any) -> bool:
-    """Whether the settings of a plug-in, as a run folder or W&B has them, say that it only watches."""
-    return isinstance(node, Mapping) and bool(node.get("shadow"))
+    """The acting plug-ins of a run in one word, to group by: ``fork_mask+steer``, or ``grpo`` without any."""
+    return "+".join(acting_plugins(config)) or "grpo"
 
 
 def set_names(config: Mapping[str, Any]) -> list[str]:

@@ -73,6 +73,7 @@ def test_reports_read_run_folders_without_torch_or_a_trainer():
             "rl.paths",
             "rl.forecast",
             "rl.estimators",
+            "rl.shadows",
             "rl.sweep.read",
             "rl.config",
         )

@@ -16,7 +16,8 @@ from rl.redact import without_secrets
 from rl.report.charts import MAX_POINTS, bin_of_steps, finite
 from rl.report.reading import Run
 from rl.report.text import short
-from rl.wandb_run import is_shadow, read_lines
+from rl.shadows import shadow_plugins
+from rl.wandb_run import read_lines
 
 _TOO_LONG = 1500  # characters of a reason or a value that are shown
 
@@ -72,15 +73,6 @@ def names(config: Any, group: str) -> list[str]:
     """The members of a group as ``plugin`` or ``reward``, however an editor left it."""
     value = setting(config, group) or []
     return [shown(v, 80) for v in ([value] if isinstance(value, str) else value)] if isinstance(value, Iterable) else []
-
-
-def plugins(config: Any) -> str:
-    """The plug-ins in a phrase, those that only watched marked."""
-    nodes = setting(config, "plugin")
-    watching = {name for name, node in nodes.items() if is_shadow(node)} if isinstance(nodes, Mapping) else set()
-    words = [f"{name} (a shadow)" if name in watching else name for name in names(config, "plugin")]
-    acting = [] if len(words) > len(watching) else ["plain GRPO"]
-    return ", ".join([*acting, *words])
 
 
 def ending(run: Run) -> tuple[str, str]:
@@ -172,22 +164,18 @@ def duration(seconds: float) -> str:
     return f"{minutes[0]} min {minutes[1]} s" if minutes[0] < 60 else f"{hours[0]} h {hours[1]} min"
 
 
-def shadows(frame: pd.DataFrame) -> list[str]:
-    """The plug-ins that only measured what they would have done."""
-    return list(dict.fromkeys(c.split("/")[1] for c in frame if c.startswith("shadow/")))
-
-
-def audit(frame: pd.DataFrame) -> list[tuple[str, str, bool]]:
-    """For each plug-in its name, what it did (a shadow: would have done) in a sentence, and whether that was anything at all."""
-    found, only_watched = [], shadows(frame)
+def audit(run: Run) -> list[tuple[str, str, bool]]:
+    """For each plug-in its name, what it did in a sentence (a shadow: what it would do), and whether that was anything at all."""
+    found, frame, shadows = [], run.metrics, shadow_plugins(run.config)
     for name in dict.fromkeys(c.split("/")[1] for c in frame if c.startswith("plugin/")):
         touched, mass = (finite(frame, f"plugin/{name}/{key}") for key in ("touched", "adv_mass"))
         if touched.empty:
             continue
-        said = f"touched {touched.mean():.1%} of the tokens"
+        shadow = name in shadows
+        said = f"{'only watched: it would touch' if shadow else 'touched'} {touched.mean():.1%} of the tokens"
         if len(mass):
-            said += f" and left {mass.mean():.1%} of the advantage mass that came to it"
-        said = f"only watched; it would have {said}" if name in only_watched else said
+            came = "of plain GRPO's advantage mass" if shadow else "of the advantage mass that came to it"
+            said += f" and {'leave' if shadow else 'left'} {mass.mean():.1%} {came}"
         found.append((name, f"{said} (means over the steps).", bool(touched.max() > 0)))
     return found
 

@@ -11,10 +11,10 @@ from typing import Any
 import pandas as pd
 
 from rl.errors import ReportError
-from rl.report import facts
 from rl.report.lens_data import COLOURS, Frames, Plan, block, fitting, scales
 from rl.report.page import write_page
 from rl.report.reading import Run, read_run
+from rl.shadows import acting_plugins
 
 BUDGET = 4_500_000  # bytes of blocks in the page; the rest is for the page itself
 MAX_SIDES = 2
@@ -85,7 +85,7 @@ def _about(run: Run) -> str:
     config = run.config
     model, data = ((config.get(key) or {}) for key in ("model", "data"))
     words = [str(model.get("name") or model.get("path") or ""), str(data.get("name") or "")]
-    words.append(facts.plugins(config))
+    words.append(" + ".join(acting_plugins(config)) or "plain GRPO")
     if (seed := run.manifest.get("seed")) is not None:
         words.append(f"seed {seed}")
     return ", ".join(word for word in words if word)

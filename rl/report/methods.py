@@ -9,7 +9,7 @@ from typing import Any
 
 from rl.config import BOOKKEEPING, leaves
 from rl.report.reading import Run
-from rl.wandb_run import is_shadow
+from rl.shadows import acting_plugins
 
 _PARTS = ("plugin", "reward")  # groups of named parts: a part's settings differ only between runs that have it
 ABSENT = "-"
@@ -53,17 +53,26 @@ def group(runs: Sequence[Run]) -> list[Method]:
 
 
 def settings(config: Mapping[str, Any]) -> dict[str, str]:
-    """A configuration as dotted keys and short words, without bookkeeping and plug-ins that only watch; ``plugin`` and ``reward`` are the
-    names in their order."""
-    acting = {name: node for name, node in (config.get("plugin") or {}).items() if not is_shadow(node)}
-    config = {**config, "plugin": acting}
+    """A configuration as dotted keys and short words, without bookkeeping; ``plugin`` and ``reward`` are the names in their order.
+
+    Shadows change nothing that is trained and are left out.
+    """
+    if isinstance(config.get("plugin"), Mapping):
+        config = {
+            **config,
+            "plugin": {name: _without_shadow(config["plugin"][name]) for name in acting_plugins(config)},
+        }
     out = {part: "+".join(config.get(part) or {}) or "none" for part in _PARTS}
 
     kept = {name: value for name, value in config.items() if name not in BOOKKEEPING}
     for key, value in leaves(kept).items():
-        if key not in _PARTS and not (key.startswith("plugin.") and key.endswith(".shadow")):
+        if key not in _PARTS:
             out[key] = _word(value)
     return out
+
+
+def _without_shadow(node: Any) -> Any:
+    return {key: value for key, value in node.items() if key != "shadow"} if isinstance(node, Mapping) else node
 
 
 def _word(value: Any) -> str:

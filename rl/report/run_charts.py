@@ -21,7 +21,7 @@ from rl.report.charts import (
     quantiles,
     with_marks,
 )
-from rl.report.facts import names, shadows
+from rl.report.facts import names
 from rl.report.reading import Run
 from rl.report.series import COMPLETIONS, COST, ENTROPY, FROM_0, NATS, REWARD, SHARE, UNSEEN, UPDATE, Plain
 
@@ -125,9 +125,13 @@ def _heat(run: Run) -> Chart:
     return Chart("entropy_map", "Where the tokens are", look, figure, "the run logged no entropy/hist", wide=True)
 
 
+def _named(plugin: str, series: Sequence[str]) -> str:
+    return f"{plugin} (shadow)" if any(c.startswith(f"shadow/{plugin}/") for c in series) else plugin
+
+
 def _methods(frame: pd.DataFrame) -> Iterator[Chart]:
     """The audit of all plug-ins, then what each logs by itself, shadows beside the others."""
-    own, watching = [c for c in frame if c.startswith(("plugin/", "shadow/"))], shadows(frame)
+    own = [c for c in frame if c.startswith(("plugin/", "shadow/"))]
     audits = (
         ("touched", "Tokens touched", "Share of the tokens that each method changed. 0: it did nothing."),
         (
@@ -137,17 +141,12 @@ def _methods(frame: pd.DataFrame) -> Iterator[Chart]:
         ),
     )
     for key, title, look in audits:
-        labels = {
-            c: name + (" (a shadow)" if name in watching else "")
-            for c in own
-            if c.startswith("plugin/") and c.endswith(f"/{key}") and (name := c.split("/")[1])
-        }
+        audited = [c for c in own if c.startswith("plugin/") and c.endswith(f"/{key}")]
+        labels = {c: _named(c.split("/")[1], own) for c in audited}
         yield Chart(key, title, look, lines(frame, labels, SHARE), "the run has no plug-in", tuple(labels))
-    overlaps = {c: " ".join(c.split("/")[1:]) for c in own if c.startswith("shadow/")}
+    shadows = {c: " ".join(c.split("/")[1:]) for c in own if c.startswith("shadow/")}
     look = "What a method that only watched would have done, against what was done: 1 the same, 0 nothing in common."
-    yield Chart(
-        "shadows", "Shadows", look, lines(frame, overlaps, FROM_0), "no method ran as a shadow", tuple(overlaps)
-    )
+    yield Chart("shadows", "Shadows", look, lines(frame, shadows, FROM_0), "no method ran as a shadow", tuple(shadows))
     names = dict.fromkeys(c.split("/")[1] for c in own if c.startswith("plugin/"))
     for name in names:
         rest = [c for c in own if c.startswith(f"plugin/{name}/") and not c.endswith(("/touched", "/adv_mass"))]

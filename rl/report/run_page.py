@@ -14,6 +14,7 @@ from rl.report.eval_charts import pass_at_k
 from rl.report.page import write_page
 from rl.report.reading import Run, read_run
 from rl.report.run_charts import Section, sections
+from rl.shadows import shadow_plugins
 
 
 def write_report(folder: str | Path, out: str | Path | None = None) -> Path:
@@ -55,7 +56,7 @@ def _context(run: Run, out: Path) -> dict[str, Any]:
         "reason": reason,
         "setup": _setup(run),
         "tiles": facts.tiles(run),
-        "audit": facts.audit(run.metrics),
+        "audit": facts.audit(run),
         "split": [(name, facts.duration(s), s / sum(s for _, s in split)) for name, s in split],
         "changed": changed,
         "changed_note": note,
@@ -69,11 +70,13 @@ def _context(run: Run, out: Path) -> dict[str, Any]:
 
 def _setup(run: Run) -> list[tuple[str, str]]:
     c = run.config
+    shadows = shadow_plugins(c)
     done, planned = len(run.metrics), facts.setting(c, "trainer.max_steps")
     rows = [
         ("model", facts.setting(c, "model.path") or facts.setting(c, "model.name")),
         ("data", facts.setting(c, "data.name")),
-        ("plug-ins", facts.plugins(c)),
+        ("plug-ins", ", ".join(n for n in facts.names(c, "plugin") if n not in shadows) or "none: plain GRPO"),
+        ("shadows", ", ".join(facts.shown(name, 80) for name in shadows)),
         ("rewards", ", ".join(facts.names(c, "reward"))),
         ("steps", f"{done} of {planned}" if planned is not None else str(done)),
     ]

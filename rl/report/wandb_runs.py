@@ -13,7 +13,8 @@ import pandas as pd
 
 from rl.errors import EntrlError, ReportError
 from rl.report.reading import Run, histogram_series
-from rl.wandb_run import Record, has_key, import_wandb, is_shadow
+from rl.shadows import acting_plugins, shadow_plugins
+from rl.wandb_run import Record, has_key, import_wandb
 
 if TYPE_CHECKING:
     import wandb
@@ -182,8 +183,8 @@ def _summary(flat: Mapping[str, Any], config: Mapping[str, Any], order: Sequence
         "eval": next(iter(sets.values()), {}),
         **({"sets": sets} if len(sets) > 1 else {}),
         **{name: values for name, values in rest.items() if values},
-        "plugins": [name for name, node in config["plugin"].items() if not is_shadow(node)],
-        "shadows": [name for name, node in config["plugin"].items() if is_shadow(node)],
+        "plugins": acting_plugins(config),
+        "shadows": shadow_plugins(config),
         "seed": config.get("seed"),
         "steps": steps,
     }

@@ -2,7 +2,6 @@
 
 import pytest
 
-from rl.report import facts
 from rl.report.methods import ABSENT, group
 from rl.report.reading import read_run
 from synthetic import write_run
@@ -60,16 +59,8 @@ def test_more_than_ten_methods_each_have_a_label_of_their_own(methods):
     assert len({m.label for m in found}) == 15 and found[1].label == "trainer.learning_rate=0.0002"
 
 
-def test_a_plugin_that_only_watches_makes_no_method(tmp_path):
-    acting = {"fork_mask": {"rho": 0.2}}
-    older = write_run(tmp_path / "a", plugin=acting, seed=1)
-    watched = write_run(
-        tmp_path / "b",
-        plugin={"fork_mask": {"rho": 0.2, "shadow": False}, "steer": {"w_min": 0.7, "shadow": True}},
-        seed=2,
-    )
-    (method,) = group([read_run(older), read_run(watched)])
-    assert method.seeds == [1, 2]
-    assert facts.plugins(read_run(watched).config) == "fork_mask, steer (a shadow)"
-    assert facts.plugins({"plugin": {"steer": {"shadow": True}}}) == "plain GRPO, steer (a shadow)"
-    assert facts.plugins({"plugin": {}}) == "plain GRPO" and facts.plugins({"plugin": ["odd"]}) == "odd"
+def test_a_shadow_changes_no_method(methods):
+    watched = {**FORK, "steer": {"w_min": 0.5, "shadow": True}}
+    acting = {"fork_mask": {**FORK["fork_mask"], "shadow": False}}
+    (found,) = methods(dict(seed=1, plugin=FORK), dict(seed=2, plugin=watched), dict(seed=3, plugin=acting))
+    assert found.label == "plugin=fork_mask" and found.seeds == [1, 2, 3]

@@ -119,24 +119,23 @@ def test_shadows_and_forecasts_are_shown_where_a_run_has_them(made):
     assert charts(made)["shadows"].figure is None and charts(made)["forecast"].figure is None
     lines = [json.loads(line) for line in (made / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
-        line |= {
-            "plugin/steer/touched": 0.6,
-            "shadow/steer/jaccard": 0.3,
-            "shadow/steer/cosine": 0.5,
-            "forecast/ceiling": 0.8,
-        }
+        line |= {"shadow/steer/jaccard": 0.3, "shadow/steer/cosine": 0.5, "forecast/ceiling": 0.8}
         line |= {"forecast/low": 0.7, "forecast/high": 0.9, "forecast/departed": float(line["step"] > 30)}
     (made / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = charts(made)
     assert [t["name"] for t in found["shadows"].figure["data"]] == ["steer jaccard", "steer cosine"]
-    assert [t["name"] for t in found["touched"].figure["data"]] == ["fork_mask", "steer (a shadow)"]
-    config = CONFIG.replace("plugin:\n", "plugin:\n  steer: {shadow: true}\n")
-    (made / "config.yaml").write_text(config)
-    said = words(write_report(made))
-    assert "steer only watched; it would have touched 60.0% of the tokens" in said and "fork_mask touched 80.0%" in said
-    assert "plug-ins steer (a shadow), fork_mask" in said
     assert [t["name"] for t in found["forecast"].figure["data"]] == ["lower end", "upper end", "forecast", "reward"]
     assert found["forecast"].note.startswith("In 10 steps, first 31,")
+
+
+def test_a_shadow_is_not_said_to_have_acted(made):
+    text = (made / "metrics.jsonl").read_text().replace('"plugin/fork_mask/kept"', '"shadow/fork_mask/cosine"')
+    (made / "metrics.jsonl").write_text(text)
+    (made / "config.yaml").write_text(CONFIG.replace("rho: 0.3", "rho: 0.3, shadow: true"))
+    said = words(write_report(made))
+    assert "plug-ins none: plain GRPO shadows fork_mask" in said
+    assert "only watched: it would touch 80.0% of the tokens and leave 20.0% of plain GRPO" in said
+    assert [t["name"] for t in charts(made)["touched"].figure["data"]] == ["fork_mask (shadow)"]
 
 
 def test_settings_that_differ_from_the_default_are_listed_without_secrets(tmp_path):

@@ -7,7 +7,7 @@ import torch
 
 from ranks import two_ranks
 from rl import build, rundir
-from rl.config import acting_plugins, compose, shadow_plugins
+from rl.config import compose
 from rl.contract import Signal
 from rl.errors import ConfigError
 from rl.meter import Meter
@@ -16,7 +16,9 @@ from rl.plugins.entropy_band import EntropyBand
 from rl.plugins.fork_mask import ForkMask
 from rl.plugins.rank_shaping import RankShaping
 from rl.plugins.steer import Steer
+from rl.shadows import acting_plugins, shadow_plugins
 from rl.testing import batch_from_logits
+from rl.wandb_run import plugins
 from tiny import EntropyTrainer, assert_same, make_trainer, save_model
 
 CPU = torch.device("cpu")
@@ -191,6 +193,7 @@ def test_a_word_makes_any_plugin_a_shadow(tmp_path):
     made = build.pipeline(cfg)
     assert (list(made.plugins), list(made.shadows)) == (["fork_mask", "steer"], ["mine"])
     assert rundir.run_name("m", "d", acting_plugins(cfg), 1).startswith("m_d_fork_mask+steer_s1_")
+    assert plugins(cfg) == "fork_mask+steer"  # what W&B groups by
 
 
 def test_bad_words_are_refused():
