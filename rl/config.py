@@ -309,15 +309,16 @@ def plugin_names() -> list[str]:
 
 def differences(cfg: DictConfig, base: DictConfig) -> dict[str, tuple[Any, Any]]:
     """Leaf key -> (value in base, value in cfg) where they differ; a missing one is None."""
-    a, b = _leaves(base), _leaves(cfg)
+    a, b = leaves(base), leaves(cfg)
     return {key: (a.get(key), b.get(key)) for key in [*b, *(k for k in a if k not in b)] if a.get(key) != b.get(key)}
 
 
-def _leaves(cfg: Any, prefix: str = "") -> dict[str, Any]:
+def leaves(cfg: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of a configuration by their dotted keys; an empty mapping is a value."""
     out: dict[str, Any] = {}
     for key, value in cfg.items():
         if isinstance(value, dict | DictConfig) and value:
-            out |= _leaves(value, f"{prefix}{key}.")
+            out |= leaves(value, f"{prefix}{key}.")
         else:
             out[f"{prefix}{key}"] = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
     return out

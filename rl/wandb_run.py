@@ -125,13 +125,14 @@ def endings(folder: Path) -> dict[str, float]:
     """What runs are sorted by: mean reward and entropy over the last tenth of the steps, and the lowest entropy of any."""
     lines = list(read_lines(Path(folder) / "metrics.jsonl"))
     found = {}
+    last = lines[-math.ceil(len(lines) / 10) :]
     for name in ("reward/mean", "entropy/mean"):
-        values = [line[name] for line in lines if line.get(name) is not None]
-        last = values[-max(1, len(values) // 10) :]
-        if last:
-            found[f"last_tenth/{name}"] = sum(last) / len(last)
-        if last and name == "entropy/mean":
-            found[f"lowest/{name}"] = min(values)
+        values = [line[name] for line in last if line.get(name) is not None]
+        if values:
+            found[f"last_tenth/{name}"] = sum(values) / len(values)
+    entropies = [line["entropy/mean"] for line in lines if line.get("entropy/mean") is not None]
+    if entropies:
+        found["lowest/entropy/mean"] = min(entropies)
     return found
 
 

@@ -74,6 +74,7 @@ def test_reports_read_run_folders_without_torch_or_a_trainer():
             "rl.forecast",
             "rl.shadows",
             "rl.estimators",
+            "rl.shadows",
             "rl.sweep.read",
             "rl.config",
         )

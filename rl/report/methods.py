@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rl.config import BOOKKEEPING
+from rl.config import BOOKKEEPING, leaves
 from rl.report.reading import Run
 from rl.shadows import acting_plugins
 
@@ -64,17 +64,10 @@ def settings(config: Mapping[str, Any]) -> dict[str, str]:
         }
     out = {part: "+".join(config.get(part) or {}) or "none" for part in _PARTS}
 
-    def walk(value: Any, key: str) -> None:
-        if isinstance(value, Mapping) and value:
-            for name, inner in value.items():
-                if name != "shadow" or not key.startswith("plugin."):
-                    walk(inner, f"{key}.{name}")
-        elif key not in _PARTS:
+    kept = {name: value for name, value in config.items() if name not in BOOKKEEPING}
+    for key, value in leaves(kept).items():
+        if key not in _PARTS:
             out[key] = _word(value)
-
-    for name, value in config.items():
-        if name not in BOOKKEEPING:
-            walk(value, name)
     return out
 
 

@@ -144,11 +144,9 @@ def _methods(frame: pd.DataFrame) -> Iterator[Chart]:
         audited = [c for c in own if c.startswith("plugin/") and c.endswith(f"/{key}")]
         labels = {c: _named(c.split("/")[1], own) for c in audited}
         yield Chart(key, title, look, lines(frame, labels, SHARE), "the run has no plug-in", tuple(labels))
-    overlaps = {c: " ".join(c.split("/")[1:]) for c in own if c.startswith("shadow/")}
+    shadows = {c: " ".join(c.split("/")[1:]) for c in own if c.startswith("shadow/")}
     look = "What a method that only watched would have done, against what was done: 1 the same, 0 nothing in common."
-    yield Chart(
-        "shadows", "Shadows", look, lines(frame, overlaps, FROM_0), "no method ran as a shadow", tuple(overlaps)
-    )
+    yield Chart("shadows", "Shadows", look, lines(frame, shadows, FROM_0), "no method ran as a shadow", tuple(shadows))
     names = dict.fromkeys(c.split("/")[1] for c in own if c.startswith("plugin/"))
     for name in names:
         rest = [c for c in own if c.startswith(f"plugin/{name}/") and not c.endswith(("/touched", "/adv_mass"))]

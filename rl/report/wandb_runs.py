@@ -13,7 +13,7 @@ import pandas as pd
 
 from rl.errors import EntrlError, ReportError
 from rl.report.reading import Run, histogram_series
-from rl.shadows import acting_plugins
+from rl.shadows import acting_plugins, shadow_plugins
 from rl.wandb_run import Record, has_key, import_wandb
 
 if TYPE_CHECKING:
@@ -124,7 +124,8 @@ def _run(run: Any, name: str) -> Run:
     metrics, histograms = _history(run.scan_history(use_cache=False))
     steps = int(metrics.index.max()) if len(metrics) else 0
     state = _STATES.get(run.state, "open")
-    if state == "done" and steps < config["trainer"].get("max_steps", 0):
+    ended = "seconds/total" in run.summary_metrics  # also where an alarm ended it early
+    if state == "done" and steps < config["trainer"].get("max_steps", 0) and not ended:
         state = "stopped"  # by a signal, with a checkpoint: for W&B that is no failure
     return Run(
         folder=Path(f"wandb:{run.entity}/{run.project}") / name.replace("/", "_"),
@@ -183,6 +184,7 @@ def _summary(flat: Mapping[str, Any], config: Mapping[str, Any], order: Sequence
         **({"sets": sets} if len(sets) > 1 else {}),
         **{name: values for name, values in rest.items() if values},
         "plugins": acting_plugins(config),
+        "shadows": shadow_plugins(config),
         "seed": config.get("seed"),
         "steps": steps,
     }

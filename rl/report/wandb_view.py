@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rl.config import BOOKKEEPING
+from rl.config import BOOKKEEPING, leaves
 from rl.errors import ReportError
 from rl.report.reading import Run
 from rl.report.wandb_runs import address, asking
@@ -217,16 +217,16 @@ def _runset(
 
 def group_keys(groups: Mapping[str, Sequence[Run]]) -> list[str]:
     """What W&B groups by: the sweep where there are several, the plug-ins, then settings that tell the methods apart, three at most."""
-    flat = {label: [dict(_leaves(run.config)) for run in of] for label, of in groups.items()}
+    flat = {label: [leaves(run.config) for run in of] for label, of in groups.items()}
 
     def tells_apart(key: str) -> bool:
-        of_method = [{json.dumps(leaves[key]) for leaves in of if key in leaves} for of in flat.values()]
+        of_method = [{json.dumps(config[key]) for config in of if key in config} for of in flat.values()]
         return all(len(values) <= 1 for values in of_method) and len(set.union(*of_method)) > 1
 
     configs = [run.config for of in groups.values() for run in of]
     sweeps = {config.get("run", {}).get("group") for config in configs}
     keys = dict.fromkeys(
-        key for of in flat.values() for leaves in of for key in leaves if key.split(".")[0] not in BOOKKEEPING
+        key for of in flat.values() for config in of for key in config if key.split(".")[0] not in BOOKKEEPING
     )
     settings = [key for key in keys if tells_apart(key)]
     methods = [PLUGINS] if len({plugins(config) for config in configs}) > 1 or not settings else []
@@ -235,17 +235,9 @@ def group_keys(groups: Mapping[str, Sequence[Run]]) -> list[str]:
 
 def _path(run: Run, keys: Sequence[str]) -> list[str | None]:
     """What W&B files a run under: its value of each key, None where it has none."""
-    known = {**dict(_leaves(run.config)), PLUGINS: plugins(run.config), "group": run.config.get("run", {}).get("group")}
+    known = {**leaves(run.config), PLUGINS: plugins(run.config), "group": run.config.get("run", {}).get("group")}
     values = [known.get(key) for key in keys]
     return [value if value is None or isinstance(value, str) else json.dumps(value) for value in values]
-
-
-def _leaves(config: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{path}{key}.")
-        else:
-            yield f"{path}{key}", value
 
 
 def _title(groups: Mapping[str, Sequence[Run]]) -> str:

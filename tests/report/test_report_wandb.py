@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from importlib.resources import files
 from urllib.parse import unquote
 
 import pytest
@@ -102,6 +103,8 @@ def test_the_view_shows_these_runs_only_a_colour_a_method_with_seeds_as_one_line
     assert (only["op"], only["value"]) == ("IN", ["idfork1", "idfork2", "idplain1", "idplain2"])
     assert runs["grouping"] == [{"section": "config", "name": "entrl.value.plugins"}]
     colors = spec["customRunColors"]
+    css = (files("rl.report") / "assets" / "base.css").read_text().partition("@media")[0]
+    assert [css.partition(f"--c{i}: ")[2][:7] for i in range(1, 9)] == list(COLORS)
     assert colors["idplain1"] == colors["idplain2"] == COLORS[0] and colors["idfork1"] == COLORS[1]
     assert lines_of(colors) == {"grpo": COLORS[0], "fork_mask": COLORS[1]}
     single = {label: of[:1] for label, of in methods.items()}
@@ -216,6 +219,8 @@ def test_only_runs_of_entrl_are_read(server, capsys):
     assert capsys.readouterr().out == "wandb:me/p: 1 of 2 runs are entrl's, the others are left out\n"
     assert run.name == "team_a" and run.state == "stopped" and list(run.metrics.columns) == ["a", "c"]
     assert run.metrics["a"].isna().tolist() == [True, False]
+    ours.lines["wandb-summary.json"] = {0: json.dumps({"seconds/total": 9.0})}
+    assert fetch("wandb:me/p")[0].state == "done"  # an alarm ended it, with its evaluation
     with pytest.raises(ReportError, match="there is no run"):
         fetch("wandb:me/p/nothing")
     publish([run], {"": [run]})
