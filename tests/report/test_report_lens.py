@@ -226,6 +226,16 @@ def test_pointing_and_tabbing_show_alternatives_and_numbers(opened):
     assert "token 1 of 7" in dock(page) and page.run("return document.activeElement.className").startswith("t ")
 
 
+def test_numbers_near_nothing_have_no_more_digits_than_were_kept(opened):
+    frame = probes(0, ["p"])
+    frame["entropy"] = [[8.7e-5] * len(WORDS)] * len(frame)
+    frame["logp"] = [[-5.5e-6] * len(WORDS)] * len(frame)
+    page = opened(side(probes={0: frame}))
+    page.find(".t").click()
+    told = " ".join(dock(page).split())
+    assert "entropy 9e\u22125 nats" in told and "logp \u22121e\u22125 nats" in told and "probability > 99.99 %" in told
+
+
 def test_keys_move_jump_between_forks_and_pin(opened):
     page = opened(side(rollouts={20: rollouts(20, ["a"], WORDS * 3)}))
     page.run("focusToken(cards[0], 0)")

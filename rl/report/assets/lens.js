@@ -299,7 +299,7 @@ function describe(card, i) {
   const special = data.special.includes(t) ? ", special" : "";
   by("token-where").textContent = `token ${i + 1} of ${row.n}, id ${data.ids[t]}${special}${state.pinned ? "; pinned (Escape)" : ""}`;
   by("token-top").replaceChildren(...choices(card, i));
-  const facts = [["entropy", row.h?.[i], "nats"], ["probability", row.lp?.[i] == null ? null : 100 * Math.exp(row.lp[i]), "%"], ["logp", row.lp?.[i], "nats"], ["logp, rollout", row.op?.[i], "nats"],
+  const facts = [["entropy", row.h?.[i], "nats"], ["probability", row.lp?.[i] == null ? null : paint.percent(Math.round(1e4 * Math.exp(row.lp[i]))), ""], ["logp", row.lp?.[i], "nats"], ["logp, rollout", row.op?.[i], "nats"],
     ["change of logp", row.d?.[i], "nats"], ["rank", row.r?.[i], ""], ["kept", row.k ? (row.k[i] ? "yes" : "no, dropped") : null, ""], ["weight", each(row.w, i), ""], ["advantage \u00d7 weight", each(row.s, i), ""]];
   by("token-numbers").replaceChildren(...facts.filter(([, value]) => value != null).flatMap(([name, value, unit]) =>
     [entrl.element("dt", {}, name), entrl.element("dd", {}, typeof value === "string" ? value : paint.number(value, 4) + (unit ? " " + unit : ""))]));

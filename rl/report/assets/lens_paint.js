@@ -61,7 +61,7 @@ const paint = {
   },
   number(value, digits = 3) {
     if (value == null) return "unknown";
-    if (value !== 0 && Math.abs(value) < 1e-4) return value.toExponential(1).replace("-", "\u2212").replace("e-", "e\u2212");
+    if (value !== 0 && Math.abs(value) < 1e-4) return value.toExponential(0).replace("-", "\u2212").replace("e-", "e\u2212");
     return String(Number(value.toPrecision(digits))).replace("-", "\u2212");
   },
   percent(tenthousandths) {
