@@ -7,6 +7,7 @@ not finite, is passed over. docs/alarms.md says why the thresholds are what they
 from __future__ import annotations
 
 import math
+import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -224,6 +225,12 @@ class HollowReward(Watch):
 
     def read(self, step: int, metrics: Metrics) -> Iterator[Reading]:
         known = [trace.add(value_of(metrics, name)) for name, trace in self._traces.items()]
+        if self.check and self._traces["reward/mean"].count == self.window and not self._traces[self.check].count:
+            warnings.warn(
+                f"alarm.hollow_reward.check={self.check}: the run has logged no such series in {self.window} steps, so it cannot "
+                "tell anything. Expected one of metrics.jsonl, as reward/correct.",
+                stacklevel=2,
+            )
         reward, spread, entropy = (self._traces[n] for n in ("reward/mean", "reward/std", "entropy/mean"))
         if not all(known[:3]) or not all(t.comparable for t in (reward, spread, entropy)) or spread.early <= 0:
             return
@@ -254,7 +261,7 @@ class Trace:
     def __init__(self, window: int):
         self._first: list[float] = []
         self._last: deque[float] = deque(maxlen=window)
-        self._window, self._count = window, 0
+        self._window, self.count = window, 0
 
     def add(self, value: float | None) -> bool:
         """Whether there was a value to take."""
@@ -263,17 +270,17 @@ class Trace:
         if len(self._first) < self._window:
             self._first.append(value)
         self._last.append(value)
-        self._count += 1
+        self.count += 1
         return True
 
     @property
     def full(self) -> bool:
-        return self._count >= self._window
+        return self.count >= self._window
 
     @property
     def comparable(self) -> bool:
         """Whether no value is in both windows."""
-        return self._count >= 2 * self._window
+        return self.count >= 2 * self._window
 
     @property
     def early(self) -> float:

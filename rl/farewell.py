@@ -36,6 +36,8 @@ def farewell(folder: Path, where: str | None, summary: Mapping[str, Any]) -> Non
     print(f"run folder  {folder}  (report.html, metrics.jsonl, summary.json, rollouts/, eval/, checkpoints/final)")
     if where is not None:
         print(f"W&B         {where}")
-    print(f"next        entrl eval {folder}")
-    print("            entrl train plugin=[]             plain GRPO, to compare: watch H fall")
-    print("            entrl train plugin=[steer]        another method; entrl --help lists them")
+    print(f"next        entrl lens {folder}        every token, over the training")
+    print(
+        "            entrl train plugin=[]        plain GRPO: watch H fall. plugin=[steer]: another method; entrl --help lists them"
+    )
+    print(f"            entrl compare {folder} runs/OTHER        entrl eval {folder}")

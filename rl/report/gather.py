@@ -38,7 +38,8 @@ def gather(targets: Sequence[str]) -> tuple[list[Run], list[str]]:
         raise ReportError(f"{' '.join(targets)}: no run there has made a step yet. Nothing can be compared.")
     torn = sum(run.torn for run in begun)
     if torn:
-        notes.append(f"{_count(torn, 'line')} of metrics.jsonl cut off by a kill and left out.")
+        names = ", ".join(run.name for run in begun if run.torn)
+        notes.append(f"{_count(torn, 'line')} of metrics.jsonl cut off by a kill and left out: {names}.")
     return begun, notes
 
 

@@ -125,7 +125,8 @@ def test_shadows_and_forecasts_are_shown_where_a_run_has_them(made):
     assert charts(made)["shadows"].figure is None and charts(made)["forecast"].figure is None
     lines = [json.loads(line) for line in (made / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
-        line |= {"shadow/steer/jaccard": 0.3, "shadow/steer/cosine": 0.5, "forecast/ceiling": 0.8}
+        line |= {"plugin/steer/touched": 0.6, "shadow/steer/jaccard": 0.3, "shadow/steer/cosine": 0.5}
+        line |= {"forecast/ceiling": 0.8}
         line |= {"forecast/low": 0.7, "forecast/high": 0.9, "forecast/departed": float(line["step"] > 30)}
     (made / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = charts(made)

@@ -140,6 +140,16 @@ def test_hollow_reward_needs_an_independent_sign():
     assert hollow(**short, reward__mean=(0.2, 0.4)) == [] == hollow(**short, entropy__mean=(0.5, 0.3))
 
 
+def test_a_check_that_is_never_logged_is_named_once():
+    watch = HollowReward(**{**HOLLOW, "check": "reward/corect"})
+    with pytest.warns(
+        UserWarning, match="check=reward/corect: the run has logged no such series in 10 steps"
+    ) as caught:
+        for step in range(30):
+            list(watch.read(step, {"reward/mean": 0.5, "reward/std": 0.5, "entropy/mean": 0.3}))
+    assert len(caught) == 1
+
+
 def test_a_check_within_its_noise_has_not_risen():
     def trace(later):
         found = Trace(10)

@@ -1,10 +1,11 @@
 // Charts: <figure class="chart"><h3>..</h3><figcaption>..</figcaption><div class="plot" data-chart="name"></div></figure>, whose
 // traces and layout are in the data called "charts": {name: {data: [...], layout: {...}}}. A colour "c1" to "c8" (or "fg", "muted", ...)
-// in a trace is the theme's. A page's own script may change what is drawn, entrl.charts.prepare, and be told when all is:
-// entrl.charts.drawn.push(function). For charts over the steps steps.js does both.
+// in a trace is the theme's. A page's own script may change what is drawn, entrl.charts.prepare, and be told of each chart,
+// entrl.charts.told, and when all are drawn: entrl.charts.drawn.push(function). For charts over the steps steps.js does.
 "use strict";
 entrl.charts = {
   prepare: figure => figure,
+  told: plot => {},
   drawn: [],
   async start() {
     const script = document.createElement("script");
@@ -13,6 +14,7 @@ entrl.charts = {
     this.figures = await entrl.data("charts");
     for (const plot of document.querySelectorAll("[data-chart]")) {
       this.drawOne(plot);
+      this.told(plot);
       await new Promise(done => setTimeout(done));  // what is above can be read while the rest is drawn
     }
     this.drawn.forEach(tell => tell());

@@ -15,6 +15,7 @@ entrl.steps = {
       smoothing.addEventListener("change", () => entrl.charts.draw());
     }
     entrl.charts.prepare = figure => ({...figure, data: figure.data.flatMap(trace => this.smoothed(trace))});
+    entrl.charts.told = plot => { if (this.slider && plot.closest(".chart.steps")) this.legend(plot, Number(this.slider.value)); };
     entrl.charts.drawn.push(() => this.link());
     for (const box of document.querySelectorAll("details[data-numbers]")) {
       box.addEventListener("toggle", () => { if (box.open && box.children.length < 2) box.append(this.table(entrl.charts.figures[box.dataset.numbers])); });
@@ -58,12 +59,16 @@ entrl.steps = {
     const said = [];
     for (const plot of this.plots) {
       this.place(plot);
-      const values = this.values(entrl.charts.figures[plot.dataset.chart], step);
-      const at = plot.closest(".chart").querySelector(".at");
-      at.replaceChildren(...values.map(([trace, value]) => this.key(trace, value)));
+      const values = this.legend(plot, step);
       if (plot.dataset.chart === "reward" || plot.dataset.chart === "entropy") said.push(...values.map(([trace, value]) => `${trace.name} ${value}`));
     }
     this.slider.setAttribute("aria-valuetext", `step ${step}: ${said.join("; ")}`);
+  },
+  // The values of a step above a chart, which are its legend.
+  legend(plot, step) {
+    const values = this.values(entrl.charts.figures[plot.dataset.chart], step);
+    plot.closest(".chart").querySelector(".at").replaceChildren(...values.map(([trace, value]) => this.key(trace, value)));
+    return values;
   },
   place(plot) {
     let line = plot.querySelector(".mark");
@@ -73,7 +78,9 @@ entrl.steps = {
     Object.assign(line.style, {left: `${xaxis._offset + left}px`, top: `${yaxis._offset}px`, height: `${yaxis._length}px`});
   },
   values(figure, step) {
-    return figure.data.filter(trace => trace.type === "scatter" && trace.x.length).map(trace => [trace, this.number(trace.y[this.nearest(trace.x, step)])]);
+    const share = ((figure.layout.yaxis || {}).tickformat || "").endsWith("%");
+    const shown = value => share && value !== null ? `${this.number(Number((100 * value).toPrecision(4)))}\u00a0%` : this.number(value);
+    return figure.data.filter(trace => trace.type === "scatter" && trace.x.length).map(trace => [trace, shown(trace.y[this.nearest(trace.x, step)])]);
   },
   // The legend of a chart, with a value in it.
   key(trace, value) {
