@@ -195,7 +195,8 @@ class TokenPlugin(Protocol):
     """
 
     needs: frozenset[str]  # a subset of NEEDS
-    neutral: Mapping[str, Any]  # keyword arguments at which the plug-in is the identity
+    # keyword arguments at which the plug-in is the identity; None for one that replaces the advantages and never is
+    neutral: Mapping[str, Any] | None
 
     def __call__(self, tokens: TokenBatch, signal: Signal) -> Signal: ...
 

@@ -140,10 +140,10 @@ def _order(told: Mapping[str, Explanation | None]) -> str:
         return f"not known to matter or not: {listed(unknown)} cannot say what it reads"
     names = list(told)
     seen = [
-        f"{later} reads the advantages that {name} shaped"
+        f"{later} {'reads' if 'advantages' in told[later].reads else 'replaces'} the advantages that {name} shaped"
         for place, name in enumerate(names)
         for later in names[place + 1 :]
-        if "advantages" in told[name].changes and "advantages" in told[later].reads
+        if "advantages" in told[name].changes and "advantages" in {*told[later].reads, *told[later].changes}
     ]
     return (
         "; ".join(seen)
