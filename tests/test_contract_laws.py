@@ -29,6 +29,8 @@ VARIANTS = {
         {"scope": "rollout"},
         {"policy": "rollout"},
         {"policy": "rollout", "scope": "response"},
+        {"window": 2},
+        {"window": 2, "selector": "topk", "policy": "rollout"},
     ],
     "steer": [{"mapping": "linear", "w_max": 1.2}, {"mapping": "asymmetric", "w_max": 1.3}, {"form": "theorem"}],
     "entropy_band": [{"version": "v1", "selector": "quantile"}, {"selector": "otsu_hist100"}],
