@@ -1,6 +1,6 @@
-"""For people who write plug-ins: a TokenBatch from plain tensors, and a readable reference loss.
+"""For people who write plug-ins: a TokenBatch and a Rollout from plain tensors, and a readable reference loss.
 
-Both keep the dtype they are given, so that a method's golden numbers can be tested to 1e-9 in float64.
+They keep the dtype they are given, so that a method's golden numbers can be tested to 1e-9 in float64.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rl.contract import Signal, TokenBatch
+from rl.contract import Rollout, Signal, TokenBatch
 
 
 def batch_from_logits(
@@ -64,6 +64,18 @@ def batch_from_logits(
         ref_logp=ref_logp,
         full_kl=kl,
         rollout_entropy=old_entropy[mask],
+    )
+
+
+def rollout_of(batch: TokenBatch, group_size: int) -> Rollout:
+    """The batch as a rollout of its own, for ``at_rollout``: every ``group_size`` rows are a prompt's completions."""
+    return Rollout(
+        mask=batch.mask,
+        ids=batch.ids,
+        reward=batch.reward,
+        old_entropy=batch.old_entropy,
+        group_size=group_size,
+        trained=group_size,
     )
 
 

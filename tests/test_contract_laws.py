@@ -1,5 +1,6 @@
 """The laws every plug-in obeys, run over every file in configs/plugin/ in its default and its other modes."""
 
+import copy
 import importlib
 import inspect
 import math
@@ -11,13 +12,15 @@ import torch
 import yaml
 
 from ranks import two_ranks
-from rl.contract import NEEDS, Signal
+from rl.contract import NEEDS, Rollout, Signal
 from rl.errors import ConfigError
 from rl.pipeline import Pipeline
 from rl.reduce import Reduce
-from rl.testing import batch_from_logits, loss_from_signal
+from rl.testing import batch_from_logits, loss_from_signal, rollout_of
 
 PLUGINS = Path(__file__).parents[1] / "configs" / "plugin"
+
+GROUP = 2  # completions of a prompt; three to a rank, so that one prompt's are on both
 
 # The variants beside the defaults; a new plug-in is tested with its defaults without an entry here.
 VARIANTS = {
@@ -35,6 +38,7 @@ VARIANTS = {
     "steer": [{"mapping": "linear", "w_max": 1.2}, {"mapping": "asymmetric", "w_max": 1.3}, {"form": "theorem"}],
     "entropy_band": [{"version": "v1", "selector": "quantile"}, {"selector": "otsu_hist100"}],
     "rank_shaping": [{"beta": 0.5}, {"beta": 0.0, "lam_head": 0.1, "lam_tail": -0.1, "k": 3}],
+    "quantile_baseline": [{"form": "paper"}, {"quantile": 0.9}],
     "w_reinforce": [{"positive": 1.0, "negative": 0.0}, {"positive": 0.0}],
 }
 
@@ -60,7 +64,8 @@ def plugin(request):
     return cls(**{**defaults, **variant})
 
 
-def batch(dtype=torch.float64, rows=6, columns=9, vocab=11, seed=0, requires_grad=False):
+def batch(plugin=None, dtype=torch.float64, rows=6, columns=9, vocab=11, seed=0, requires_grad=False):
+    """Random logits and their batch, with what ``plugin`` notes of it."""
     g = torch.Generator().manual_seed(seed)
     logits = 3 * torch.randn(rows, columns, vocab, generator=g, dtype=torch.float64)
     old = logits + 0.3 * torch.randn(logits.shape, generator=g, dtype=torch.float64)
@@ -71,15 +76,36 @@ def batch(dtype=torch.float64, rows=6, columns=9, vocab=11, seed=0, requires_gra
     mask[2] = False  # a completion that is masked altogether
     advantages = torch.randn(rows, generator=g, dtype=torch.float64)
     logits = logits.to(dtype).requires_grad_(requires_grad)
-    return logits, batch_from_logits(
-        logits, ids, mask, advantages.to(dtype), old_logits=old.to(dtype), ref_logits=(logits.detach() * 0.9)
+    reward = (torch.arange(rows) % 3 > 0).double()  # in groups of two there are all kinds
+    tokens = batch_from_logits(
+        logits,
+        ids,
+        mask,
+        advantages.to(dtype),
+        old_logits=old.to(dtype),
+        ref_logits=(logits.detach() * 0.9),
+        reward=reward,
     )
+    return logits, noted(plugin, tokens)
+
+
+def noted(plugin, tokens):
+    """The batch with what the plug-in notes of it as a rollout of pairs; the plug-in stays as it is."""
+    if not hasattr(plugin, "at_rollout"):
+        return tokens
+    return replace(tokens, noted=copy.deepcopy(plugin).at_rollout(rollout_of(tokens, GROUP)))
 
 
 def rows_of(tokens, index):
     fields = {f: getattr(tokens, f) for f in tokens.__dataclass_fields__}
     rowwise = {f: v[index] for f, v in fields.items() if isinstance(v, torch.Tensor) and f != "rollout_entropy"}
-    return type(tokens)(**{**fields, **rowwise})
+    notes = {key: value[index] for key, value in tokens.noted.items()}
+    return type(tokens)(**{**fields, **rowwise, "noted": notes})
+
+
+def through(pipeline, tokens):
+    """The signal of a pipeline that saw the batch as a rollout first."""
+    return pipeline(replace(tokens, noted=pipeline.at_rollout(rollout_of(tokens, GROUP))))
 
 
 def test_every_plugin_file_is_covered():
@@ -105,7 +131,7 @@ def test_identity_at_neutral(name):
 
 
 def test_padding_is_never_touched(plugin):
-    _, tokens = batch()
+    _, tokens = batch(plugin)
     signal = plugin(tokens, Signal.start(tokens))
     outside = ~tokens.mask
     assert not signal.keep[outside].any()
@@ -115,7 +141,7 @@ def test_padding_is_never_touched(plugin):
 
 
 def test_what_stands_in_padding_changes_nothing(plugin):
-    _, tokens = batch()
+    _, tokens = batch(plugin)
     noise = {"entropy": 7.0, "logp": -3.0, "old_logp": -0.1, "old_entropy": 9.0, "full_kl": 5.0}
     changed = replace(tokens, **{f: getattr(tokens, f).masked_fill(~tokens.mask, v) for f, v in noise.items()})
     a, b = (plugin(t, Signal.start(t)) for t in (tokens, changed))
@@ -125,7 +151,7 @@ def test_what_stands_in_padding_changes_nothing(plugin):
 
 
 def test_weights_are_finite_and_not_negative(plugin):
-    _, tokens = batch()
+    _, tokens = batch(plugin)
     signal = plugin(tokens, Signal.start(tokens))
     assert signal.weight.isfinite().all() and (signal.weight >= 0).all()
     assert signal.rescale.isfinite().all() and (signal.rescale > 0).all()
@@ -133,14 +159,14 @@ def test_weights_are_finite_and_not_negative(plugin):
 
 
 def test_no_gradient_flows_through_weights_masks_or_advantages(plugin):
-    _, tokens = batch(requires_grad=True)
+    _, tokens = batch(plugin, requires_grad=True)
     signal = plugin(tokens, Signal.start(tokens))
     assert not signal.effective.requires_grad
     assert all(not p.where.requires_grad for p in signal.penalties)
 
 
 def test_permuting_rows_permutes_the_result(plugin):
-    _, tokens = batch()
+    _, tokens = batch(plugin)
     order = torch.tensor([3, 0, 5, 2, 1, 4])
     a, b = (plugin(t, Signal.start(t)) for t in (tokens, rows_of(tokens, order)))
     torch.testing.assert_close(a.effective[order], b.effective, rtol=0, atol=1e-12)
@@ -149,7 +175,7 @@ def test_permuting_rows_permutes_the_result(plugin):
 
 
 def test_the_batch_is_not_changed(plugin):
-    _, tokens = batch()
+    _, tokens = batch(plugin)
     before = {f: v.clone() for f in tokens.__dataclass_fields__ if isinstance(v := getattr(tokens, f), torch.Tensor)}
     plugin(tokens, Signal.start(tokens))
     assert all(torch.equal(value, getattr(tokens, field)) for field, value in before.items())
@@ -158,20 +184,23 @@ def test_the_batch_is_not_changed(plugin):
 def test_bf16_is_close_to_fp32(plugin):
     """The loss of a bf16 batch is close to that of the same numbers in fp32; a few tokens may change sides."""
     losses = []
-    tokens = batch(torch.bfloat16, rows=200)[1]
+    tokens = batch(plugin, torch.bfloat16, rows=200)[1]
     for dtype in (torch.bfloat16, torch.float32):
         fields = {f: getattr(tokens, f) for f in tokens.__dataclass_fields__}
         cast = {f: v.to(dtype) for f, v in fields.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
-        typed = type(tokens)(**{**fields, **cast})
+        notes = {key: value.to(dtype) if value.is_floating_point() else value for key, value in tokens.noted.items()}
+        typed = type(tokens)(**{**fields, **cast, "noted": notes})
         losses.append(loss_from_signal(typed, plugin(typed, Signal.start(typed))).item())
     assert math.isclose(losses[0], losses[1], rel_tol=0.1, abs_tol=0.1)
 
 
 @pytest.mark.parametrize("shape", [(2, 3), (1, 1), (2, 0), (0, 3)])
 def test_empty_and_single_token_batches(plugin, shape):
-    logits = torch.zeros(*shape, 5, dtype=torch.float64)
-    for mask in (torch.zeros(shape), torch.ones(shape)):
-        tokens = batch_from_logits(logits, torch.zeros(shape), mask, torch.ones(shape[0]).double(), ref_logits=logits)
+    pair = (GROUP, shape[1])  # a rollout has whole groups, whatever of it is in a micro-batch
+    logits = torch.zeros(*pair, 5, dtype=torch.float64)
+    for mask in (torch.zeros(pair), torch.ones(pair)):
+        tokens = batch_from_logits(logits, torch.zeros(pair), mask, torch.ones(GROUP).double(), ref_logits=logits)
+        tokens = rows_of(noted(plugin, tokens), slice(0, shape[0]))
         signal = plugin(tokens, Signal.start(tokens))
         assert loss_from_signal(tokens, signal).isfinite()
 
@@ -183,7 +212,7 @@ def promises(plugin):
 def test_who_promises_to_read_the_record_does_not_look_at_the_current_policy(plugin):
     if "recorded" not in promises(plugin):
         pytest.skip("does not promise it")
-    _, tokens = batch()
+    _, tokens = batch(plugin)
     moved = replace(tokens, logp=tokens.logp - 0.5, entropy=tokens.entropy + 1.0, rank=tokens.rank + 1)
     a, b = (plugin(t, Signal.start(t)) for t in (tokens, moved))
     assert torch.equal(a.effective, b.effective)
@@ -192,7 +221,7 @@ def test_who_promises_to_read_the_record_does_not_look_at_the_current_policy(plu
 def test_who_promises_it_treats_each_completion_alone(plugin):
     if "alone" not in promises(plugin):
         pytest.skip("does not promise it")
-    _, tokens = batch()
+    _, tokens = batch(plugin)
     together = plugin(tokens, Signal.start(tokens)).effective
     for i in range(len(tokens.mask)):
         own = rows_of(tokens, slice(i, i + 1))
@@ -202,30 +231,30 @@ def test_who_promises_it_treats_each_completion_alone(plugin):
 def test_who_needs_no_zero_advantage_leaves_those_completions_alone(plugin):
     if "zero_advantage" in plugin.needs:
         pytest.skip("says that it does not")
-    _, tokens = batch()
+    _, tokens = batch(plugin)
     still = replace(tokens, advantages=tokens.advantages * torch.tensor([0, 1, 1, 0, 1, 0])[:, None])
     assert not plugin(still, Signal.start(still)).effective[[0, 3, 5]].any()
 
 
 def test_who_penalises_says_whose_gradient(plugin):
-    _, tokens = batch(requires_grad=True)
+    _, tokens = batch(plugin, requires_grad=True)
     for penalty in plugin(tokens, Signal.start(tokens)).penalties:
         assert plugin.needs & {"logp.grad", "entropy.grad", "full_kl"} and penalty.per_token.requires_grad
 
 
 def test_audit_reports_what_was_touched(plugin):
-    _, tokens = batch()
-    signal = Pipeline({"it": plugin})(tokens)
+    _, tokens = batch(plugin)
+    signal = through(Pipeline({"it": plugin}), tokens)
     touched, mass = signal.metrics["plugin/it/touched"], signal.metrics["plugin/it/adv_mass"]
     assert touched.count == tokens.mask.sum() and 0 < touched.total / touched.count <= 1
     assert mass.count > 0 and mass.total.isfinite()
 
 
 def test_as_a_shadow_it_changes_nothing(plugin):
-    _, tokens = batch(requires_grad=True)
+    _, tokens = batch(plugin, requires_grad=True)
     acting = {"acts": load("rank_shaping")[0]()}
-    alone, random = Pipeline(acting)(tokens), torch.get_rng_state()
-    beside = Pipeline(acting, {"it": plugin})(tokens)
+    alone, random = through(Pipeline(acting), tokens), torch.get_rng_state()
+    beside = through(Pipeline(acting, {"it": plugin}), tokens)
     assert torch.equal(alone.effective, beside.effective) and not beside.penalties
     assert all(
         torch.equal(*pair)
@@ -242,7 +271,7 @@ def test_as_a_shadow_it_changes_nothing(plugin):
 @pytest.mark.parametrize("name", sorted(p.stem for p in PLUGINS.glob("*.yaml")))
 def test_every_shipped_method_explains_itself_with_its_numbers(name):
     cls, defaults = load(name)
-    number = {"rho": 0.37, "w_min": 0.37, "beta": 0.37, "coef_low": 0.37, "positive": 0.37}
+    number = {"rho": 0.37, "w_min": 0.37, "beta": 0.37, "coef_low": 0.37, "positive": 0.37, "quantile": 0.37}
     setting = next(key for key in number if key in defaults)
     said = cls(**{**defaults, setting: 0.37}).explain()
     lines = [*said.formula, *(f"{coef:g}" for coef, _ in said.penalties.values())]
@@ -265,14 +294,18 @@ def test_the_scopes_it_names_are_those_it_uses(plugin, monkeypatch):
             return _original(*args, **kwargs)
 
         monkeypatch.setattr(Reduce, name, recorded)
-    _, tokens = batch()
+    groups = Rollout.groups
+    monkeypatch.setattr(Rollout, "groups", lambda *args: used.update({"group"}) or groups(*args))
+    _, tokens = batch(plugin)
     plugin(tokens, Signal.start(tokens))
+    if "group" in used:  # who sees all prompts may also say what is one number of the whole rollout
+        said -= {"rollout"}
     assert used == said
 
 
 def test_the_denominator_and_the_penalties_are_as_it_says(plugin):
     said = explained(plugin)
-    _, tokens = batch(requires_grad=True)
+    _, tokens = batch(plugin, requires_grad=True)
     signal = plugin(tokens, Signal.start(tokens))
     kept = (signal.keep & tokens.mask).sum()
     factor = tokens.mask.sum() / kept if said.denominator == "kept" else torch.tensor(1.0)
@@ -282,7 +315,7 @@ def test_the_denominator_and_the_penalties_are_as_it_says(plugin):
 
 def test_it_changes_what_it_says_and_nothing_else(plugin):
     said = set(explained(plugin).changes)
-    _, tokens = batch()
+    _, tokens = batch(plugin)
     start = Signal.start(tokens)
     after = plugin(tokens, start)
     assert said == {
@@ -296,13 +329,13 @@ FIELDS = ("advantages", "logp", "old_logp", "entropy", "old_entropy", "rank", "r
 @pytest.mark.parametrize("field", [*FIELDS, "reward", "group", "ids"])
 def test_it_reads_what_it_says_and_nothing_else(plugin, field):
     said = explained(plugin)
-    _, tokens = batch()
+    _, tokens = batch(plugin)
     g = torch.Generator().manual_seed(1)
     value = getattr(tokens, field)
     other = torch.rand(value.shape, generator=g, dtype=torch.float64)
     other = {"logp": -3 * other, "old_logp": -3 * other, "advantages": other - 0.5}.get(field, 3 * other)
     other = (11 * other).long() if not value.is_floating_point() else other
-    changed = replace(tokens, **{field: other.to(value.dtype)})
+    changed = noted(plugin, replace(tokens, **{field: other.to(value.dtype)}))
 
     def does(tokens, start):
         signal = plugin(tokens, start)
@@ -347,7 +380,7 @@ EMPTY = {"no rank empty": None, "first rank empty": 0, "second rank empty": 1}
 
 
 def world_batch(empty):
-    _, tokens = batch()
+    _, tokens = batch(plugin)
     if empty is None:
         return tokens
     mask = tokens.mask.clone()
@@ -356,7 +389,7 @@ def world_batch(empty):
 
 
 def outcome(name, settings, tokens):
-    signal = Pipeline({"it": load(name)[0](**settings)})(tokens)
+    signal = through(Pipeline({"it": load(name)[0](**settings)}), tokens)
     metrics = {key: torch.stack([m.total.double(), m.count.double()]) for key, m in signal.metrics.items()}
     return signal.effective, [p.mean(tokens.mask).detach() for p in signal.penalties], metrics
 
