@@ -39,6 +39,7 @@ VARIANTS = {
     "entropy_band": [{"version": "v1", "selector": "quantile"}, {"selector": "otsu_hist100"}],
     "rank_shaping": [{"beta": 0.5}, {"beta": 0.0, "lam_head": 0.1, "lam_tail": -0.1, "k": 3}],
     "quantile_baseline": [{"form": "paper"}, {"quantile": 0.9}],
+    "target_entropy": [{"target": [[0, 0.6], [9, 0.3]], "coef": -0.1, "coef_min": -1.0}],
     "w_reinforce": [{"positive": 1.0, "negative": 0.0}, {"positive": 0.0}],
 }
 
@@ -271,7 +272,15 @@ def test_as_a_shadow_it_changes_nothing(plugin):
 @pytest.mark.parametrize("name", sorted(p.stem for p in PLUGINS.glob("*.yaml")))
 def test_every_shipped_method_explains_itself_with_its_numbers(name):
     cls, defaults = load(name)
-    number = {"rho": 0.37, "w_min": 0.37, "beta": 0.37, "coef_low": 0.37, "positive": 0.37, "quantile": 0.37}
+    number = {
+        "rho": 0.37,
+        "w_min": 0.37,
+        "beta": 0.37,
+        "coef_low": 0.37,
+        "positive": 0.37,
+        "quantile": 0.37,
+        "coef": 0.37,
+    }
     setting = next(key for key in number if key in defaults)
     said = cls(**{**defaults, setting: 0.37}).explain()
     lines = [*said.formula, *(f"{coef:g}" for coef, _ in said.penalties.values())]
