@@ -96,6 +96,10 @@ class Pipeline:
                 'trainer leaves out. Add "zero_advantage" to its needs.'
             )
 
+    def asking(self, need: str) -> str:
+        """``plugin.<name>`` of the first that needs something."""
+        return next(f"plugin.{name}" for name, plugin in self._all.items() if need in plugin.needs)
+
     def check(self, run: RunFacts) -> list[str]:
         """Advice of the plug-ins about this run, one sentence each."""
         return [

@@ -129,7 +129,7 @@ class EntropyTrainer(ResumableTrainer):
                 add_scoring(base, self.temperature, args.cast_lm_head_to_fp32)
         self._tap = self._ref = None
         if "full_kl" in needs:
-            check_full_kl(self.model.config, self.accelerator, "plugin.entropy_band")
+            check_full_kl(self.model.config, self.accelerator, pipeline.asking("full_kl"))
             self._ref = Reference(self.model, self.accelerator.device, self.temperature)
             self._tap = HiddenTap(self.model)
         self._trims_loss = not (self._is_vlm or self.aux_loss_enabled or self._tap is not None)

@@ -24,6 +24,7 @@ GROUP = 2  # completions of a prompt; three to a rank, so that one prompt's are 
 
 # The variants beside the defaults; a new plug-in is tested with its defaults without an entry here.
 VARIANTS = {
+    "ares": [{"kl_coef": 0.0}, {"alpha": 1.5, "window": 1}],
     "fork_mask": [
         {"selector": "topk"},
         {"denominator": "kept", "scope": "micro"},
@@ -272,16 +273,8 @@ def test_as_a_shadow_it_changes_nothing(plugin):
 @pytest.mark.parametrize("name", sorted(p.stem for p in PLUGINS.glob("*.yaml")))
 def test_every_shipped_method_explains_itself_with_its_numbers(name):
     cls, defaults = load(name)
-    number = {
-        "rho": 0.37,
-        "w_min": 0.37,
-        "beta": 0.37,
-        "coef_low": 0.37,
-        "positive": 0.37,
-        "quantile": 0.37,
-        "coef": 0.37,
-    }
-    setting = next(key for key in number if key in defaults)
+    numbers = ("rho", "w_min", "beta", "coef_low", "positive", "quantile", "coef", "alpha")
+    setting = next(key for key in numbers if key in defaults)
     said = cls(**{**defaults, setting: 0.37}).explain()
     lines = [*said.formula, *(f"{coef:g}" for coef, _ in said.penalties.values())]
     assert any(word in line for line in lines for word in ("0.37", "0.63"))  # 0.63: the quantile of the top 0.37

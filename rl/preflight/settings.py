@@ -84,7 +84,7 @@ def check_settings(
     good = {name: plugin for name, plugin in plugins.items() if plugin is not None}
     pipeline = section.attempt(build.pipeline_of, cfg, good)
     if found is not None and found.stage == 3 and pipeline is not None and "full_kl" in pipeline.needs:
-        section.error(str(sharded("ZeRO-3", "plugin.entropy_band")))
+        section.error(str(sharded("ZeRO-3", pipeline.asking("full_kl"))))
     flaws = list(trainer_flaws(cfg.trainer))
     for flaw in flaws:
         section.error(flaw)

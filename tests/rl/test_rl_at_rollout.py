@@ -7,7 +7,9 @@ from ranks import two_ranks
 from rl.checkpoint import Checkpoints
 from rl.contract import Rollout
 from rl.pipeline import Pipeline
+from rl.plugins.ares import Ares
 from rl.plugins.quantile_baseline import QuantileBaseline
+from rl.plugins.target_entropy import TargetEntropy
 from tiny import EntropyTrainer, make_trainer, save_model
 
 
@@ -90,3 +92,31 @@ def test_a_group_on_two_ranks_is_one_group():
     assert first.tolist() + second.tolist() == [1, 1, 2, 8, 4, 8]
     expected = QuantileBaseline().advantages(groups).flatten()
     torch.testing.assert_close(torch.cat([one["plugin/q/advantage"], two["plugin/q/advantage"]]), expected)
+
+
+def test_controllers_go_on_where_a_checkpoint_left_them(model, tmp_path):
+    """Four updates from two rollouts, with all that moves between them; and resumed after the first."""
+
+    def run(folder, resume=None):
+        plugins = {"ares": Ares(window=1, correct_from=2.0, kl_every=1), "aim": TargetEntropy(target=3.5, delta=0.1)}
+        trainer = make_trainer(
+            EntropyTrainer,
+            model,
+            tmp_path / folder,
+            plugins,
+            extra={"checkpoints": Checkpoints(tmp_path / folder, every=1, keep_last=None)},
+            gradient_accumulation_steps=1,
+            steps_per_generation=2,
+            max_steps=4,
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    whole = run("whole")
+    again = run("again", resume=str(next((tmp_path / "whole").glob("*1"))))
+    ares, aim = whole.pipeline.plugins.values()
+    assert ares.threshold > 0 and len(set(ares.alpha)) > 1 and ares.kl.beta != [1.0] * 3 and aim.coef > 0.2
+    first, second = (t.pipeline.state_dict() for t in (whole, again))
+    assert str(first) == str(second)
+    for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(a, b)
