@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -152,23 +152,23 @@ class Ares:
     def explain(self) -> Explanation:
         """Score and anchor at these settings, before a rollout has moved anything."""
         lines = [
-            f"n = tokens whose next {self.window} have a mean H >= τ;  n* = the rounded mean of n over prompts of the same kind",
+            f"W = the mean of H over the next {self.window} tokens;  τ = a running median of the completions' 95 % quantiles of W",
+            "n = tokens with W >= τ;  n* = the rounded mean of n over prompts of the same kind",
             f"kind: easy, medium or hard, where 2/3, 1/3 or less of a prompt's completions have a reward >= {self.correct_from:g}",
             f"R' = R + score(n - n*, kind, right), at most α (hard 1.2 α) in size;  α = {self.alpha[EASY]:g} at first",
             f"A' = (R' - mean) / (σ + {_EPSILON:g})",
         ]
-        statistics: dict[str, Any] = {
-            "95 % quantile of window means": "response",
-            "kind, mean and σ": "group",
-            "τ, n* and α": "rollout",
+        statistics: dict[str, Scope | Literal["group"]] = {
+            "quantiles of W": "response",
+            "kind, mean, σ": "group",
+            "τ, n*, α": "rollout",
         }
-        reads, scope = ["reward", "old_entropy"], "world"
+        reads = ["reward", "old_entropy"]
         if self.kl_coef:
             lines.append(
                 f"kl = β Σ_v p_v (ln p_v - ln p_ref_v); β of each kind is 1 at first, {_RELAXED} of it where easy, wrong and uncertain"
             )
-            kl: dict[str, Scope] = {"KL that moves β": scope}
-            statistics |= kl
+            statistics["KL behind β"] = "world"
             reads.append("full_kl")
         return Explanation(
             formula=lines,
@@ -212,10 +212,11 @@ class KlControl:
             self._after_step()
             self._step = tokens.step
         share = 1 / tokens.mask.sum(1, keepdim=True).clamp(min=1)  # a completion counts as one, however long
+        rows = []
         for k in KINDS:
-            of_kind = share * (kind == k)
-            pair = [tokens.full_kl.detach() * of_kind, of_kind.expand(tokens.mask.shape)]
-            self._sums[k] += torch.stack([tokens.reduce.sum(x, "world").double() for x in pair]).to(self._sums.device)
+            of_kind = (share * (kind == k)).expand(tokens.mask.shape)
+            rows.append(torch.stack([tokens.reduce.sum(x, "world") for x in (tokens.full_kl * of_kind, of_kind)]))
+        self._sums = self._sums.to(tokens.mask.device) + torch.stack(rows)
 
     def _after_step(self) -> None:
         self._steps += 1
@@ -231,7 +232,7 @@ class KlControl:
             move = _KL_STEP * min(max(self._error[k], -_KL_CLIP), _KL_CLIP)
             low, high = _KL_RANGE
             self.beta[k] = min(max(self.beta[k] * math.exp(move), low), high)
-        self._sums.zero_()
+        self._sums = torch.zeros_like(self._sums)
 
     def state_dict(self) -> dict[str, Any]:
         names = ("beta", "_mean", "_error", "_steps", "_step", "_sums")

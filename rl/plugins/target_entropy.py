@@ -102,13 +102,13 @@ class TargetEntropy:
         aim = f"T = {self.points[0][1]:g}" if len(self.points) == 1 else f"T = {', '.join(where)}, linear between"
         return Explanation(
             formula=[
-                f"c = {self.coef:g} at first; after a step + {self.delta:g} where its mean H <= T, else - {self.delta:g}; "
+                f"c = {self.coef:g} at first; after a step + {self.delta:g} where the mean H of its forwards <= T, else - {self.delta:g}; "
                 f"kept in [{self.coef_min:g}, {self.coef_max:g}]",
                 f"bonus = -H of all tokens, with c where it pulls towards T, else 0;  {aim}",
             ],
             reads=["entropy"],
             changes=[],
-            statistics={"mean H": "world"},
+            statistics={"parts of mean H": "world"},
             penalties={"bonus": (self.coef, "all")} if self.coef else {},
             differs=list(self._differences()),
         )
