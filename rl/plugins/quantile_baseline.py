@@ -56,7 +56,7 @@ class QuantileBaseline:
         if self.form == "code":
             baseline = torch.quantile(rewards, self.quantile, dim=1, keepdim=True)
         else:
-            place = max(1, math.ceil(self.quantile * rewards.shape[1] - 1e-9))  # 0.3 * 10 is a little more than 3
+            place = max(1, math.ceil(self.quantile * rewards.shape[1] - 1e-9))  # 0.28 * 25 is a little more than 7
             baseline = rewards.kthvalue(place, dim=1, keepdim=True).values
         return (rewards - baseline) / (rewards.std(1, keepdim=True) + _EPSILON)
 

@@ -31,11 +31,12 @@ def test_where_code_and_paper_part():
     close(QuantileBaseline(form="paper").advantages(rewards) * spread, [[-1] * 3 + [0] * 5])
 
 
-def test_the_regimes_of_the_paper_change_at_one_minus_k():
-    for right in range(11):
-        rewards = tensor([[1] * right + [0] * (10 - right)])
-        found = QuantileBaseline(quantile=0.3, form="paper").advantages(rewards)
-        assert (found >= 0).all() if right <= 7 else (found <= 0).all()
+@pytest.mark.parametrize("k, size, last_hard", [(0.3, 10, 7), (0.28, 25, 18)])  # 0.28 * 25 is a little more than 7
+def test_the_regimes_of_the_paper_change_at_one_minus_k(k, size, last_hard):
+    for right in range(size + 1):
+        rewards = tensor([[1] * right + [0] * (size - right)])
+        found = QuantileBaseline(quantile=k, form="paper").advantages(rewards)
+        assert (found >= 0).all() if right <= last_hard else (found <= 0).all()
 
 
 def test_equal_rewards_have_no_advantage():
