@@ -66,13 +66,23 @@ class Pipeline:
 
     @torch.no_grad()
     def at_rollout(self, rollout: Rollout) -> dict[str, Tensor]:
-        """What the plug-ins note of each completion, as ``plugin/<name>/<key>``: (N,), to travel with it to ``tokens.noted``."""
-        notes = {}
+        """What the plug-ins note of each completion, as ``plugin/<name>/<key>``: (N,), to travel with it to ``tokens.noted``.
+
+        Raises:
+            ConfigError: a note that is not one number a completion.
+        """
+        notes: dict[str, Tensor] = {}
         for name, plugin in self._all.items():
             if hasattr(plugin, "at_rollout"):
                 with _own_random_numbers(rollout.mask) if name in self.shadows else nullcontext():
                     found = plugin.at_rollout(rollout)
-                notes |= {f"{_notes(name)}{key}": value for key, value in found.items()}
+                for key, value in found.items():
+                    if value.shape != rollout.reward.shape:
+                        raise ConfigError(
+                            f"plugin.{name}: at_rollout noted {key} of shape {tuple(value.shape)}. Expected one number a completion "
+                            f"of this rank, {tuple(rollout.reward.shape)}; rollout.own(...) makes that of one a group and member."
+                        )
+                    notes[f"{_notes(name)}{key}"] = value
         return notes
 
     def check_gradients(self, signal: Signal, alive: Tensor | None = None) -> None:

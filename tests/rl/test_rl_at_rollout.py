@@ -6,6 +6,7 @@ import torch
 from ranks import two_ranks
 from rl.checkpoint import Checkpoints
 from rl.contract import Rollout
+from rl.errors import ConfigError
 from rl.pipeline import Pipeline
 from rl.plugins.ares import Ares
 from rl.plugins.quantile_baseline import QuantileBaseline
@@ -75,6 +76,17 @@ def test_training_goes_on_with_the_notes_of_a_half_used_rollout(model, tmp_path)
     assert not again.rollouts and len(whole.batches) == 2 and len(again.batches) == 1
     assert torch.equal(again.batches[0][2], whole.batches[1][2])
     assert torch.equal(weights, resumed)
+
+
+def test_a_note_of_another_shape_is_refused():
+    class Groups(QuantileBaseline):
+        def at_rollout(self, rollout):
+            return {"advantage": self.advantages(rollout.groups(rollout.reward))}
+
+    mask = torch.ones(4, 1).bool()
+    rollout = Rollout(mask=mask, ids=mask, reward=torch.rand(4), old_entropy=None, group_size=2, trained=2)
+    with pytest.raises(ConfigError, match=r"plugin.mine: .*advantage of shape \(2, 2\).*\(4,\); rollout.own"):
+        Pipeline({"mine": Groups()}).at_rollout(rollout)
 
 
 def halves(rank):
