@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import pad
 
-from rl.contract import RunFacts
+from rl.contract import Rollout, RunFacts
 from rl.errors import ConfigError
 
 # Losses that divide by trained tokens; the others divide by all completions, votes included.
@@ -52,6 +55,23 @@ def leave_out(output: dict, votes: Tensor, accelerator) -> None:
     output["completion_mask"] = output["completion_mask"].masked_fill(votes.unsqueeze(1), 0)
     tokens = output["completion_mask"] * output.get("tool_mask", 1)
     output["num_items_in_batch"] = accelerator.gather(tokens.sum()).sum()
+
+
+def group_numbers(rows: int, size: int, accelerator) -> Tensor:
+    """(rows,) the number of each completion's group in this rollout; a group may begin on one rank and end on the next."""
+    return (torch.arange(rows, device=accelerator.device) + accelerator.process_index * rows) // size
+
+
+def new_rollout(output: Mapping[str, Any], mask: Tensor, size: int, trained: int) -> Rollout:
+    """What plug-ins see of TRL's ``output``, ``trained`` of every ``size`` completions being more than votes."""
+    return Rollout(
+        mask=mask,
+        ids=output["completion_ids"],
+        reward=output["reward"],
+        old_entropy=output.get("old_entropy"),
+        group_size=size,
+        trained=trained,
+    )
 
 
 def mean_logps(trainer: GRPOTrainer, prompts: list, completions: list[list[int]], known: Tensor | None) -> list[float]:

@@ -26,7 +26,7 @@ from rl.callbacks.phase import StepPhase
 from rl.checkpoint import Checkpoints
 from rl.contract import Signal, TokenBatch
 from rl.dynamics import Dynamics, Histogram
-from rl.groups import leave_out, mean_logps, only_votes, trained_of_group
+from rl.groups import group_numbers, leave_out, mean_logps, new_rollout, only_votes, trained_of_group
 from rl.meter import Meter, distinct_answers, policy_means, reward_means, sampling_means
 from rl.pipeline import Pipeline
 from rl.recorder import Recorder
@@ -129,7 +129,7 @@ class EntropyTrainer(ResumableTrainer):
                 add_scoring(base, self.temperature, args.cast_lm_head_to_fp32)
         self._tap = self._ref = None
         if "full_kl" in needs:
-            check_full_kl(self.model.config, self.accelerator, "plugin.entropy_band")
+            check_full_kl(self.model.config, self.accelerator, pipeline.asking("full_kl"))
             self._ref = Reference(self.model, self.accelerator.device, self.temperature)
             self._tap = HiddenTap(self.model)
         self._trims_loss = not (self._is_vlm or self.aux_loss_enabled or self._tap is not None)
@@ -299,6 +299,7 @@ class EntropyTrainer(ResumableTrainer):
             ref_logp=inputs.get("ref_per_token_logps"),
             full_kl=kl,
             rollout_entropy=self._rollout_entropy,
+            noted={key: value for key, value in inputs.items() if key.startswith("plugin/")},
         )
 
     def _run_plugins(self, inputs: dict, tokens: TokenBatch) -> Signal:
@@ -337,23 +338,21 @@ class EntropyTrainer(ResumableTrainer):
         rewards, weights = self._rewards[first : first + rows], self.reward_weights.to(self._rewards.device)
         if self.trained < self.num_generations and self.model.training:
             leave_out(output, rewards.isnan().all(1), self.accelerator)
-        output |= {"rewards_per_func": rewards, "reward": (rewards * weights).nansum(-1), "group": self._groups(rows)}
+        size = self.num_generations if self.model.training else self.num_generations_eval
+        group = group_numbers(rows, size, self.accelerator)
+        output |= {"rewards_per_func": rewards, "reward": (rewards * weights).nansum(-1), "group": group}
         if self.model.training:
             self._rollout_step = self.state.global_step
             self._window = (0, [])
             mask = self._loss_mask(output).bool()
             if "rollout_entropy" in self.pipeline.needs:
                 self._rollout_entropy = output["old_entropy"][mask]
+            output |= self.pipeline.at_rollout(new_rollout(output, mask, size, self.trained))
             self.meter.add(reward_means(rewards, self.reward_func_names, weights) | sampling_means(output, mask))
         self.meter.add_rollout(time.perf_counter() - start, tokens)
         if self.recording is not None and self.model.training:
             self.recording.at_rollout(output)
         return output
-
-    def _groups(self, rows: int) -> Tensor:
-        """(rows,) the number of each completion's group in this rollout; a group may begin on one rank and end on the next."""
-        size = self.num_generations if self.model.training else self.num_generations_eval
-        return (torch.arange(rows, device=self.accelerator.device) + self.accelerator.process_index * rows) // size
 
     def _record_old_policy(self, output: dict) -> None:
         """Add logp, entropy and rank under the rollout's policy, where the sampler or TRL made them or a plug-in wants them."""
@@ -376,7 +375,7 @@ class EntropyTrainer(ResumableTrainer):
         self._rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         if self.answers is not None and self.model.training:
             found = self.answers([c if isinstance(c, str) else str(c[-1]["content"]) for c in completions])
-            self.meter.add(distinct_answers(self._groups(len(found)), found))
+            self.meter.add(distinct_answers(group_numbers(len(found), self.num_generations, self.accelerator), found))
         if self.trained < self.num_generations and self.model.training:
             votes = only_votes(len(self._rewards), self.num_generations, self.trained, self._rewards.device)
             self._rewards[votes] = torch.nan  # TRL leaves what has no reward out of its group's mean and deviation

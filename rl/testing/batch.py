@@ -1,16 +1,17 @@
-"""For people who write plug-ins: a TokenBatch from plain tensors, and a readable reference loss.
+"""For people who write plug-ins: a TokenBatch and a Rollout from plain tensors, one at random, and a readable reference loss.
 
-Both keep the dtype they are given, so that a method's golden numbers can be tested to 1e-9 in float64.
+They keep the dtype they are given, so that a method's golden numbers can be tested to 1e-9 in float64.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from rl.contract import Signal, TokenBatch
+from rl.contract import Rollout, Signal, TokenBatch
 
 
 def batch_from_logits(
@@ -64,6 +65,54 @@ def batch_from_logits(
         ref_logp=ref_logp,
         full_kl=kl,
         rollout_entropy=old_entropy[mask],
+    )
+
+
+def random_batch(
+    dtype: torch.dtype = torch.float64, rows: int = 6, columns: int = 9, requires_grad: bool = False
+) -> TokenBatch:
+    """The same off-policy batch at every call: ragged, with a completion of one token (1) and one that is masked whole (2)."""
+    g = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(rows, columns, 11, generator=g, dtype=torch.float64)
+    old = logits + 0.3 * torch.randn(logits.shape, generator=g, dtype=torch.float64)
+    ids = torch.randint(0, 11, (rows, columns), generator=g)
+    lengths = torch.randint(1, columns + 1, (rows,), generator=g)
+    lengths[1] = 1
+    mask = torch.arange(columns) < lengths[:, None]
+    mask[2] = False
+    advantages = torch.randn(rows, generator=g, dtype=torch.float64).to(dtype)
+    logits = logits.to(dtype).requires_grad_(requires_grad)
+    return batch_from_logits(
+        logits,
+        ids,
+        mask,
+        advantages,
+        old_logits=old.to(dtype),
+        ref_logits=(logits.detach() * 0.9),
+        reward=(torch.arange(rows) % 3 > 0).double(),  # prompts with two right answers, with one and with none
+    )
+
+
+def rows_of(tokens: TokenBatch, index: Tensor | slice) -> TokenBatch:
+    """The batch of these completions; the recorded rollout stays whole."""
+    rowwise = {f: v[index] for f, v in tensors_of(tokens).items() if f != "rollout_entropy"}
+    return replace(tokens, **rowwise, noted={key: value[index] for key, value in tokens.noted.items()})
+
+
+def tensors_of(tokens: TokenBatch) -> dict[str, Tensor]:
+    """The fields of a batch that are tensors, by name."""
+    return {f: v for f in tokens.__dataclass_fields__ if isinstance(v := getattr(tokens, f), Tensor)}
+
+
+def rollout_of(batch: TokenBatch, group_size: int) -> Rollout:
+    """The batch as a rollout of its own, for ``at_rollout``: every ``group_size`` rows are a prompt's completions."""
+    return Rollout(
+        mask=batch.mask,
+        ids=batch.ids,
+        reward=batch.reward,
+        old_entropy=batch.old_entropy,
+        group_size=group_size,
+        trained=group_size,
     )
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from rl.contract import TokenBatch
 from rl.pipeline import Pipeline
 from rl.reduce import join, leave
-from rl.testing.laws import Make, close, random_batch, rows_of, tensors_of
+from rl.testing.batch import random_batch, rows_of, tensors_of
+from rl.testing.laws import Make, close, through
 
 
 def two_ranks(fn: Callable[..., Any], *args: Any) -> list[Any]:
@@ -106,6 +107,6 @@ def _whole(empty: int | None) -> TokenBatch:
 
 
 def _outcome(make: Make, tokens: TokenBatch) -> Outcome:
-    signal = Pipeline({"it": make()})(tokens)
+    signal = through(Pipeline({"it": make()}), tokens)
     series = {key: torch.stack([part.double() for part in value]) for key, value in signal.metrics.items()}
     return Outcome(signal.effective, [p.mean(tokens.mask).detach() for p in signal.penalties], series)
