@@ -32,6 +32,9 @@ VARIANTS = {
     ],
     "steer": [{"mapping": "linear", "w_max": 1.2}, {"mapping": "asymmetric", "w_max": 1.3}, {"form": "theorem"}],
     "entropy_band": [{"version": "v1", "selector": "quantile"}, {"selector": "otsu_hist100"}],
+    "clip_cov": [{"fraction": 0.3, "low": 0.1}, {"fraction": 0.1, "low": 0.1, "scope": "world"}],
+    "kl_cov": [{"fraction": 0.3}, {"scope": "world"}],
+    "entropy_bonus": [{"coef": -0.1}],  # with a target it does nothing before its second update: its own test
     "rank_shaping": [{"beta": 0.5}, {"beta": 0.0, "lam_head": 0.1, "lam_tail": -0.1, "k": 3}],
 }
 
@@ -237,10 +240,11 @@ def test_as_a_shadow_it_changes_nothing(plugin):
 @pytest.mark.parametrize("name", sorted(p.stem for p in PLUGINS.glob("*.yaml")))
 def test_every_shipped_method_explains_itself_with_its_numbers(name):
     cls, defaults = load(name)
-    number = {"rho": 0.37, "w_min": 0.37, "beta": 0.37, "coef_low": 0.37}
+    number = dict.fromkeys(("rho", "w_min", "beta", "coef_low", "alpha", "fraction", "coef"), 0.37)
     setting = next(key for key in number if key in defaults)
     said = cls(**{**defaults, setting: 0.37}).explain()
-    assert any(word in line for line in said.formula for word in ("0.37", "0.63"))  # 0.63: the quantile of the top 0.37
+    told = [*said.formula, str(dict(said.penalties))]
+    assert any(word in line for line in told for word in ("0.37", "0.63"))  # 0.63: the quantile of the top 0.37
 
 
 def explained(plugin):
@@ -294,7 +298,7 @@ def test_it_reads_what_it_says_and_nothing_else(plugin, field):
     g = torch.Generator().manual_seed(1)
     value = getattr(tokens, field)
     other = torch.rand(value.shape, generator=g, dtype=torch.float64)
-    other = {"logp": -3 * other, "old_logp": -3 * other, "advantages": other - 0.5}.get(field, 3 * other)
+    other = {"logp": -3 * other, "old_logp": -3 * other, "advantages": 6 * (other - 0.5)}.get(field, 3 * other)
     other = (11 * other).long() if not value.is_floating_point() else other
     changed = replace(tokens, **{field: other.to(value.dtype)})
 
