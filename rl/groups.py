@@ -84,6 +84,13 @@ def mean_logps(trainer: GRPOTrainer, prompts: list, completions: list[list[int]]
     return (logp.where(inside, 0).sum(1) / lengths.clamp(min=1)).tolist()
 
 
+def group_of(trainer: GRPOTrainer, rows: int) -> Tensor:
+    """(rows,) the number of each completion's group in this rollout; a group may begin on one rank and end on the next."""
+    size = trainer.num_generations if trainer.model.training else trainer.num_generations_eval
+    first = trainer.accelerator.process_index * rows
+    return (torch.arange(rows, device=trainer.accelerator.device) + first) // size
+
+
 def run_facts(args: GRPOConfig, world_size: int) -> RunFacts:
     """What plug-ins may know of a run."""
     every = args.steps_per_generation * args.num_iterations

@@ -22,6 +22,7 @@ from transformers.utils import ModelOutput
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from rl.alternatives import Alternatives, alternatives
+from rl.contract import TokenBatch
 from rl.errors import ConfigError
 from rl.head import head_stats
 from rl.tiles import LogitRule
@@ -234,9 +235,26 @@ class HiddenTap:
             self.hidden = output.last_hidden_state
 
     def completion(self, n: int) -> Tensor:
-        """(B, n, D) hidden states from which the last ``n`` tokens were predicted; they are let go of."""
-        hidden, self.hidden = self.hidden, None
-        return hidden[:, -n - 1 : -1]
+        """(B, n, D) hidden states from which the last ``n`` tokens were predicted; they are let go of at ``free``."""
+        return self.hidden[:, -n - 1 : -1]
+
+    def free(self) -> None:
+        """Keep them no longer."""
+        self.hidden = None
+
+    def scaled(self, logp: Tensor, tokens: TokenBatch, scale: Tensor, fp32_head: bool = False) -> Tensor:
+        """(B, T) logp of the tokens with their logits times ``scale`` > 0, with gradient; ``logp`` where that is 1."""
+        ids, rule = tokens.ids, logit_rule(self.base.config.get_text_config(), tokens.temperature)
+        hidden = self.hidden[:, -ids.shape[1] - 1 :]
+        for factor in scale.unique().tolist():
+            if factor != 1:
+                labels = nn.functional.pad(ids.masked_fill(scale != factor, -100), (1, 0), value=-100)
+                cooler = rule._replace(
+                    temperature=rule.temperature / factor
+                )  # where caps and biases are in the logits too
+                found = _score_labels(self.base, hidden, labels, cooler, fp32_head, False, 0, None).log_probs
+                logp = torch.where(scale == factor, found, logp)
+        return logp
 
     @property
     def head(self) -> nn.Module:
@@ -302,7 +320,9 @@ class Reference:
         without = self.adapters.disable_adapter() if self.adapters is not None else nullcontext()
         with without, self.tap:
             self.tap.base.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-        return self.tap.completion(n_completion)
+        hidden = self.tap.completion(n_completion)
+        self.tap.free()
+        return hidden
 
     def full_kl(self, policy: HiddenTap, input_ids: Tensor, attention_mask: Tensor, mask: Tensor) -> Tensor:
         """(B, T) divergence of the policy, whose hidden states ``policy`` has kept, from this one; 0 outside ``mask``."""
@@ -312,10 +332,13 @@ class Reference:
         return torch.zeros_like(mask, dtype=kl.dtype).masked_scatter(mask, kl)
 
 
-def check_full_kl(config, accelerator: Accelerator, needed_by: str) -> None:
-    """Raise ConfigError where ``full_kl`` would be wrong or impossible: transformed logits, sharded weights."""
-    refuse_logit_transforms(config, needed_by)
-    refuse_sharded(accelerator, needed_by)
+def check_needs(needs: frozenset[str], config, accelerator: Accelerator) -> None:
+    """Raise ConfigError where ``full_kl`` or ``logit_scale`` would be wrong or impossible: transformed logits, sharded weights."""
+    if "full_kl" in needs:
+        refuse_logit_transforms(config, "plugin.entropy_band")
+        refuse_sharded(accelerator, "plugin.entropy_band")
+    if "logit_scale" in needs:
+        refuse_sharded(accelerator, "plugin.era", "logit_scale")
 
 
 def refuse_logit_transforms(config, needed_by: str) -> None:
@@ -328,17 +351,22 @@ def refuse_logit_transforms(config, needed_by: str) -> None:
         )
 
 
-def refuse_sharded(accelerator: Accelerator, needed_by: str) -> None:
-    """Raise ConfigError where no rank has the whole head, which ``full_kl`` reads."""
+def refuse_sharded(accelerator: Accelerator, needed_by: str, need: str = "full_kl") -> None:
+    """Raise ConfigError where no rank has the whole head, which ``full_kl`` and ``logit_scale`` read."""
     zero = getattr(accelerator.state, "deepspeed_plugin", None)
     if zero is not None and zero.zero_stage == 3:
-        raise sharded("ZeRO-3", needed_by)
+        raise sharded("ZeRO-3", needed_by, need)
     if accelerator.distributed_type == DistributedType.FSDP:
-        raise sharded("FSDP", needed_by)
+        raise sharded("FSDP", needed_by, need)
 
 
-def sharded(by: str, needed_by: str) -> ConfigError:
+def sharded(by: str, needed_by: str, need: str = "full_kl") -> ConfigError:
     """The error for that."""
+    if need == "logit_scale":
+        return ConfigError(
+            f"{needed_by} scales logits, which is not implemented for weights that are sharded (here by {by}). Use ZeRO-2 or plain "
+            "data parallelism."
+        )
     return ConfigError(
         f"{needed_by} needs the full-vocabulary KL, which is not implemented for weights that are sharded (here by {by}). Use ZeRO-2 or "
         "plain data parallelism, or set its kl_coef=0 and use trainer.beta for TRL's sampled KL."

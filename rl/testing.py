@@ -72,14 +72,20 @@ def loss_from_signal(
     signal: Signal,
     epsilon_low: float = 0.2,
     epsilon_high: float = 0.28,
+    logits: Tensor | None = None,
     aggregation: Literal["dapo", "grpo"] = "dapo",
 ) -> Tensor:
     """The clipped policy loss of the signal plus its penalties: a scalar with gradient.
 
     ``l_t = -min(r_t A_t, clip(r_t, 1 - epsilon_low, 1 + epsilon_high) A_t)`` with A the effective advantage; ``dapo`` is
-    the mean over all trainable tokens, ``grpo`` the mean over completions of each completion's mean.
+    the mean over all trainable tokens, ``grpo`` the mean over completions of each completion's mean. ``logits`` (B, T, V) are
+    needed where the signal scales them: r then is that of the scaled ones.
     """
-    ratio = (batch.logp - batch.old_logp).exp()
+    logp = batch.logp
+    if signal.logit_scale is not None:
+        scaled = logits / batch.temperature * signal.logit_scale[..., None]
+        logp = _pick(scaled.log_softmax(-1), batch.ids)
+    ratio = (logp - batch.old_logp).exp()
     advantage = signal.effective
     per_token = -torch.min(ratio * advantage, ratio.clamp(1 - epsilon_low, 1 + epsilon_high) * advantage) * batch.mask
     if aggregation == "dapo":

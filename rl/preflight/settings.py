@@ -82,8 +82,10 @@ def check_settings(
     plugins = {name: section.attempt(build.plugin, name, node) for name, node in cfg.plugin.items()}
     good = {name: plugin for name, plugin in plugins.items() if plugin is not None}
     pipeline = section.attempt(build.pipeline_of, cfg, good)
-    if found is not None and found.stage == 3 and pipeline is not None and "full_kl" in pipeline.needs:
-        section.error(str(sharded("ZeRO-3", "plugin.entropy_band")))
+    if found is not None and found.stage == 3 and pipeline is not None:
+        for need, plugin in {"full_kl": "plugin.entropy_band", "logit_scale": "plugin.era"}.items():
+            if need in pipeline.needs:
+                section.error(str(sharded("ZeRO-3", plugin, need)))
     flaws = list(trainer_flaws(cfg.trainer))
     for flaw in flaws:
         section.error(flaw)
