@@ -128,8 +128,8 @@ class Signal:
     rescale: Tensor  # broadcastable to (B, T): n_all / n_kept for a method whose denominator is the kept tokens
     penalties: tuple[Penalty, ...] = ()
     metrics: Mapping[str, Mean | Cosine] = field(default_factory=dict)
-    # > 0, multiplied; None: 1. The policy loss is of p' = softmax(logit_scale x logits), p_old stays: an activation after the
-    # head (ERA) cannot be had from weights, since the gradient of ln p' is another one for every word.
+    # > 0, multiplied; None: 1. The policy loss is of p' = softmax(logit_scale x logits), p_old' alike, which takes an on-policy
+    # run. An activation after the head (ERA) cannot be had from weights: the gradient of ln p' is another one for every word.
     logit_scale: Tensor | None = None
 
     @classmethod

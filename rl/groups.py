@@ -91,11 +91,15 @@ def group_of(trainer: GRPOTrainer, rows: int) -> Tensor:
     return (torch.arange(rows, device=trainer.accelerator.device) + first) // size
 
 
+def on_policy(args: GRPOConfig) -> bool:
+    """Whether no update lies between a rollout and its use."""
+    return args.gradient_accumulation_steps % (args.steps_per_generation * args.num_iterations) == 0
+
+
 def run_facts(args: GRPOConfig, world_size: int) -> RunFacts:
     """What plug-ins may know of a run."""
-    every = args.steps_per_generation * args.num_iterations
     return RunFacts(
-        on_policy=args.gradient_accumulation_steps % every == 0,
+        on_policy=on_policy(args),
         loss_type=args.loss_type,
         beta=args.beta,
         micro_batch=args.per_device_train_batch_size,

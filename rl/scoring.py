@@ -19,11 +19,13 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.utils import ModelOutput
+from trl import GRPOConfig
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from rl.alternatives import Alternatives, alternatives
 from rl.contract import TokenBatch
 from rl.errors import ConfigError
+from rl.groups import on_policy
 from rl.head import head_stats
 from rl.tiles import LogitRule
 
@@ -332,13 +334,19 @@ class Reference:
         return torch.zeros_like(mask, dtype=kl.dtype).masked_scatter(mask, kl)
 
 
-def check_needs(needs: frozenset[str], config, accelerator: Accelerator) -> None:
-    """Raise ConfigError where ``full_kl`` or ``logit_scale`` would be wrong or impossible: transformed logits, sharded weights."""
+def check_needs(needs: frozenset[str], config, accelerator: Accelerator, args: GRPOConfig) -> None:
+    """Raise ConfigError where ``full_kl`` or ``logit_scale`` would be wrong or impossible: transformed logits, sharded weights, and
+    an old policy whose scaled logits nobody recorded."""
     if "full_kl" in needs:
         refuse_logit_transforms(config, "plugin.entropy_band")
         refuse_sharded(accelerator, "plugin.entropy_band")
     if "logit_scale" in needs:
         refuse_sharded(accelerator, "plugin.era", "logit_scale")
+        if not on_policy(args):
+            raise ConfigError(
+                f"plugin.era scales logits, of the old policy too, which are known on-policy only. Here there is more than one update from "
+                f"a rollout. Set trainer.steps_per_generation={args.gradient_accumulation_steps} trainer.num_iterations=1."
+            )
 
 
 def refuse_logit_transforms(config, needed_by: str) -> None:

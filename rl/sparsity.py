@@ -40,7 +40,7 @@ class Savings(NamedTuple):
         """From the loss options of TRL and what the plug-ins say of themselves; TRL's entropy bonus needs "entropy.grad"."""
         if aux_loss:  # every token counts in the balance of experts
             return cls()
-        # with scaled logits p is not p_old at the rollout's own policy either
+        # the gradient of scaled logits is not that of logp
         penalty = bool(needs & {"entropy.grad", "logp.grad", "full_kl", "logit_scale"})
         local = args.beta == 0 and not penalty
         tokens = (

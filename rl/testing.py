@@ -79,13 +79,14 @@ def loss_from_signal(
 
     ``l_t = -min(r_t A_t, clip(r_t, 1 - epsilon_low, 1 + epsilon_high) A_t)`` with A the effective advantage; ``dapo`` is
     the mean over all trainable tokens, ``grpo`` the mean over completions of each completion's mean. ``logits`` (B, T, V) are
-    needed where the signal scales them: r then is that of the scaled ones.
+    needed where the signal scales them; r then is of the scaled ones, and 1 in value, since that takes an on-policy run.
     """
-    logp = batch.logp
+    logp, old_logp = batch.logp, batch.old_logp
     if signal.logit_scale is not None:
         scaled = logits / batch.temperature * signal.logit_scale[..., None]
         logp = _pick(scaled.log_softmax(-1), batch.ids)
-    ratio = (logp - batch.old_logp).exp()
+        old_logp = logp.detach()
+    ratio = (logp - old_logp).exp()
     advantage = signal.effective
     per_token = -torch.min(ratio * advantage, ratio.clamp(1 - epsilon_low, 1 + epsilon_high) * advantage) * batch.mask
     if aggregation == "dapo":

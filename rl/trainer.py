@@ -127,10 +127,9 @@ class EntropyTrainer(ResumableTrainer):
             if scored is not None:
                 base = base_of(self.accelerator.unwrap_model(scored))
                 add_scoring(base, self.temperature, args.cast_lm_head_to_fp32)
-        check_needs(needs, self.model.config, self.accelerator)
-        kl = "full_kl" in needs
-        self._ref = Reference(self.model, self.accelerator.device, self.temperature) if kl else None
-        self._tap = HiddenTap(self.model) if kl or "logit_scale" in needs else None
+        check_needs(needs, self.model.config, self.accelerator, args)
+        self._ref = Reference(self.model, self.accelerator.device, self.temperature) if "full_kl" in needs else None
+        self._tap = HiddenTap(self.model) if needs & {"full_kl", "logit_scale"} else None
         self._trims_loss = not (self._is_vlm or self.aux_loss_enabled or self._tap is not None)
         self.use_checkpoints(checkpoints)
         self.add_callback(StepPhase(self))
@@ -254,7 +253,7 @@ class EntropyTrainer(ResumableTrainer):
                 alive = per_token(inputs["advantages"]) != 0 if self.savings.rows else None
                 self.pipeline.check_gradients(self._signal, alive)
             if (scale := self._signal.logit_scale) is not None:
-                inputs.setdefault("old_per_token_logps", found.logp.detach())  # r is not 1 on-policy either
+                inputs.pop("old_per_token_logps", None)  # on-policy: TRL then takes the scaled ones, detached
                 with self.accelerator.autocast():
                     logp = self._tap.scaled(found.logp, tokens, scale, self.args.cast_lm_head_to_fp32)
                 found = found._replace(logp=logp)

@@ -34,6 +34,7 @@ VARIANTS = {
     "entropy_band": [{"version": "v1", "selector": "quantile"}, {"selector": "otsu_hist100"}],
     "clip_cov": [{"fraction": 0.3, "low": 0.1}, {"fraction": 0.1, "low": 0.1, "scope": "world"}],
     "kl_cov": [{"fraction": 0.3}, {"scope": "world"}],
+    "era": [{"scale_advantages": False}, {"high": 1.5, "low": 1.0, "fraction": 0.5}],
     "entropy_bonus": [{"coef": -0.1}],  # with a target it does nothing before its second update: its own test
     "rank_shaping": [{"beta": 0.5}, {"beta": 0.0, "lam_head": 0.1, "lam_tail": -0.1, "k": 3}],
 }
@@ -69,11 +70,17 @@ def batch(dtype=torch.float64, rows=6, columns=9, vocab=11, seed=0, requires_gra
     lengths[1] = 1  # a single token
     mask = torch.arange(columns) < lengths[:, None]
     mask[2] = False  # a completion that is masked altogether
+    certain = 12 * torch.nn.functional.one_hot(ids[5], vocab)  # a completion whose words were to be expected
+    logits[5], old[5] = logits[5] + certain, old[5] + certain
     advantages = torch.randn(rows, generator=g, dtype=torch.float64)
     logits = logits.to(dtype).requires_grad_(requires_grad)
     return logits, batch_from_logits(
         logits, ids, mask, advantages.to(dtype), old_logits=old.to(dtype), ref_logits=(logits.detach() * 0.9)
     )
+
+
+def scale_of(signal):
+    return torch.ones_like(signal.weight) if signal.logit_scale is None else signal.logit_scale
 
 
 def rows_of(tokens, index):
@@ -99,6 +106,7 @@ def test_identity_at_neutral(name):
     plain = Signal.start(tokens)
     signal = cls(**{**defaults, **cls.neutral})(tokens, plain)
     assert torch.equal(signal.effective[tokens.mask], plain.effective[tokens.mask])
+    assert (scale_of(signal) == 1).all()
     assert all(p.coef == 0 or p.mean(tokens.mask).item() == 0 for p in signal.penalties)
 
 
@@ -108,7 +116,7 @@ def test_padding_is_never_touched(plugin):
     outside = ~tokens.mask
     assert not signal.keep[outside].any()
     assert torch.equal(signal.advantages[outside], tokens.advantages[outside])
-    assert (signal.weight[outside] == 1).all()
+    assert (signal.weight[outside] == 1).all() and (scale_of(signal)[outside] == 1).all()
     assert all(not (p.where & outside).any() for p in signal.penalties)
 
 
@@ -118,6 +126,7 @@ def test_what_stands_in_padding_changes_nothing(plugin):
     changed = replace(tokens, **{f: getattr(tokens, f).masked_fill(~tokens.mask, v) for f, v in noise.items()})
     a, b = (plugin(t, Signal.start(t)) for t in (tokens, changed))
     assert torch.equal(a.effective[tokens.mask], b.effective[tokens.mask])
+    assert torch.equal(scale_of(a), scale_of(b))
     for p, q in zip(a.penalties, b.penalties, strict=True):
         assert torch.equal(p.mean(tokens.mask), q.mean(tokens.mask))
 
@@ -128,12 +137,13 @@ def test_weights_are_finite_and_not_negative(plugin):
     assert signal.weight.isfinite().all() and (signal.weight >= 0).all()
     assert signal.rescale.isfinite().all() and (signal.rescale > 0).all()
     assert signal.advantages.isfinite().all()
+    assert scale_of(signal).isfinite().all() and (scale_of(signal) > 0).all()
 
 
 def test_no_gradient_flows_through_weights_masks_or_advantages(plugin):
     _, tokens = batch(requires_grad=True)
     signal = plugin(tokens, Signal.start(tokens))
-    assert not signal.effective.requires_grad
+    assert not signal.effective.requires_grad and not scale_of(signal).requires_grad
     assert all(not p.where.requires_grad for p in signal.penalties)
 
 
@@ -142,6 +152,7 @@ def test_permuting_rows_permutes_the_result(plugin):
     order = torch.tensor([3, 0, 5, 2, 1, 4])
     a, b = (plugin(t, Signal.start(t)) for t in (tokens, rows_of(tokens, order)))
     torch.testing.assert_close(a.effective[order], b.effective, rtol=0, atol=1e-12)
+    assert torch.equal(scale_of(a)[order], scale_of(b))
     for p, q in zip(a.penalties, b.penalties, strict=True):
         torch.testing.assert_close(p.mean(tokens.mask), q.mean(tokens.mask[order]), rtol=0, atol=1e-12)
 
@@ -156,12 +167,12 @@ def test_the_batch_is_not_changed(plugin):
 def test_bf16_is_close_to_fp32(plugin):
     """The loss of a bf16 batch is close to that of the same numbers in fp32; a few tokens may change sides."""
     losses = []
-    tokens = batch(torch.bfloat16, rows=200)[1]
+    logits, tokens = batch(torch.bfloat16, rows=200)
     for dtype in (torch.bfloat16, torch.float32):
         fields = {f: getattr(tokens, f) for f in tokens.__dataclass_fields__}
         cast = {f: v.to(dtype) for f, v in fields.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
         typed = type(tokens)(**{**fields, **cast})
-        losses.append(loss_from_signal(typed, plugin(typed, Signal.start(typed))).item())
+        losses.append(loss_from_signal(typed, plugin(typed, Signal.start(typed)), logits=logits.to(dtype)).item())
     assert math.isclose(losses[0], losses[1], rel_tol=0.1, abs_tol=0.1)
 
 
@@ -171,7 +182,7 @@ def test_empty_and_single_token_batches(plugin, shape):
     for mask in (torch.zeros(shape), torch.ones(shape)):
         tokens = batch_from_logits(logits, torch.zeros(shape), mask, torch.ones(shape[0]).double(), ref_logits=logits)
         signal = plugin(tokens, Signal.start(tokens))
-        assert loss_from_signal(tokens, signal).isfinite()
+        assert loss_from_signal(tokens, signal, logits=logits).isfinite()
 
 
 def promises(plugin):
@@ -285,7 +296,7 @@ def test_it_changes_what_it_says_and_nothing_else(plugin):
     after = plugin(tokens, start)
     assert said == {
         f for f in ("keep", "weight", "advantages") if not torch.equal(getattr(start, f), getattr(after, f))
-    }
+    } | ({"logit_scale"} if (scale_of(after) != 1).any() else set())
 
 
 FIELDS = ("advantages", "logp", "old_logp", "entropy", "old_entropy", "rank", "ref_logp", "full_kl", "rollout_entropy")
@@ -309,6 +320,7 @@ def test_it_reads_what_it_says_and_nothing_else(plugin, field):
             signal.keep,
             signal.weight,
             signal.rescale,
+            scale_of(signal),
             *advantages,
             *(p.mean(tokens.mask) for p in signal.penalties),
         ]
@@ -356,7 +368,8 @@ def world_batch(empty):
 def outcome(name, settings, tokens):
     signal = Pipeline({"it": load(name)[0](**settings)})(tokens)
     metrics = {key: torch.stack([m.total.double(), m.count.double()]) for key, m in signal.metrics.items()}
-    return signal.effective, [p.mean(tokens.mask).detach() for p in signal.penalties], metrics
+    both = torch.stack([signal.effective, scale_of(signal)], -1)
+    return both, [p.mean(tokens.mask).detach() for p in signal.penalties], metrics
 
 
 def on_rank(rank):

@@ -131,7 +131,7 @@ def _together(pipeline: Pipeline) -> Iterator[Row]:
     factors += ["n_all / n_kept"] if any(said.denominator == "kept" for said in known) else []
     yield "A in lᵢₜ is", " x ".join(factors)
     if "logit_scale" in changed:
-        yield "p in lᵢₜ is", "of the scaled logits, p_old of the logits as they are: r is not 1 on-policy either"
+        yield "p in lᵢₜ is", "of the scaled logits, and so is p_old"
     if len(told) > 1:
         yield "order", _order(told)
         yield "statistics", "are over all tokens, also those that an earlier plug-in dropped"

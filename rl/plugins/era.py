@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rl.contract import Explanation, Signal, TokenBatch
+from rl.contract import Explanation, RunFacts, Signal, TokenBatch
 from rl.errors import ConfigError
 from rl.plugins.checks import fraction as check_fraction
 from rl.reduce import Reduce
@@ -24,9 +24,10 @@ class Era:
         H_top > high  p' = softmax(z / k),  A' = A k
         otherwise, and for A <= 0:  p' = p,  A' = A
 
-    The loss has r = p' / p_old; rollouts and p_old are of the logits as they are. A policy that is too certain looks more certain
-    still to the update, which then has less reason to make it so. Source: Entropy Regularizing Activation (arXiv 2510.08549),
-    its activation for language models; ``explain`` says what differs from its code.
+    Rollouts are drawn from p; the loss has r = p' / p'_old, which is 1 in value: it needs an on-policy run. The gradient of the
+    logits is that of p' for A: a policy that is too certain looks more certain still to the update, which then has less reason to
+    make it so. Source: Entropy Regularizing Activation (arXiv 2510.08549), its activation for language models; ``explain`` says
+    what differs from its code.
 
     Args:
         low, high: nats, low < high. k: > 0; 1 is plain GRPO. fraction: of a completion's tokens, at least one.
@@ -86,13 +87,18 @@ class Era:
             formula=[
                 f"A > 0 and H_top < {low}:  p' = softmax({k} z){shaped[0]}",
                 f"A > 0 and H_top > {high}:  p' = softmax(z / {k}){shaped[1]}",
-                f"H_top = mean of the max(1, floor({self.fraction:g} n)) highest H of the n tokens; r = p' / p_old",
+                f"H_top = mean of the max(1, floor({self.fraction:g} n)) highest H of the n tokens; r = p' / p'_old",
             ],
             reads=["advantages", "entropy"],
             changes=["logit_scale", *(["advantages"] if self.scale_advantages else [])],
             statistics={"H_top": "response"},
             differs=list(self._differences()),
         )
+
+    def check(self, run: RunFacts) -> list[str]:
+        if not run.on_policy and self.k != 1:
+            return ["it needs one update from each rollout, and the trainer will refuse this run."]
+        return []
 
     def _differences(self) -> Iterator[str]:
         if self.scale_advantages:
@@ -101,4 +107,4 @@ class Era:
         else:
             yield "the paper divides A by the scale of the logits; this is its released script"
         yield "its runs clip ratios at 0 and 2 only, and above 10 where A < 0: trainer.epsilon=1 trainer.epsilon_high=1 trainer.delta=10"
-        yield "the script also cuts the vocabulary to the top words in the loss (topk=True)"
+        yield "the script also takes log-probabilities among the 20 likeliest words only (topk=True)"
