@@ -110,16 +110,16 @@ class EntropyBonus:
         lines = [f"bonus = -H over all tokens, times c = {self.first:g}"]
         if self.target is not None:
             lines = [
-                "bonus = -H over all tokens, times c where the last update's mean H was at most "
+                "bonus = -H over all tokens, times c where mean H of the last update was at most "
                 f"{self.target:g}, else times 0",
                 f"c = {self.first:g} at first; it then grows by {self.delta:g} up to {self.coef_max:g}, else it shrinks "
                 f"to {self.coef_min:g}",
             ]
         penalties: dict[str, tuple[float, Denominator]] = {"bonus": (self.applied, "all")} if self.applied else {}
-        statistics: dict[str, Scope] = {} if self.target is None else {"mean H, summed over the update": "world"}
+        statistics: dict[str, Scope] = {} if self.target is None else {"mean H": "world"}
         return Explanation(
             formula=lines,
-            reads=["entropy"] if self.applied else [],
+            reads=["entropy"] if self.coef or self.target is not None else [],
             changes=[],
             statistics=statistics,
             penalties=penalties,
