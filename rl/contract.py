@@ -19,7 +19,8 @@ from rl.reduce import Reduce, Scope, gather, per_rank, world_size
 
 Denominator = Literal["all", "kept"]
 
-# What a plug-in may ask for beyond the fields every batch has; "zero_advantage": completions of advantage 0 get a gradient too.
+# What a plug-in may ask for beyond the fields every batch has; "zero_advantage": completions of advantage 0 get a gradient too;
+# "logit_scale": it scales logits, so that the head's part of the forward is done again for those tokens.
 NEEDS = frozenset(
     {
         "logp.grad",
@@ -30,6 +31,7 @@ NEEDS = frozenset(
         "full_kl",
         "rollout_entropy",
         "zero_advantage",
+        "logit_scale",
     }
 )
 
@@ -152,6 +154,9 @@ class Signal:
     rescale: Tensor  # broadcastable to (B, T): n_all / n_kept for a method whose denominator is the kept tokens
     penalties: tuple[Penalty, ...] = ()
     metrics: Mapping[str, Mean | Cosine] = field(default_factory=dict)
+    # > 0, multiplied; None: 1. The policy loss is of p' = softmax(logit_scale x logits), p_old' alike, which takes an on-policy
+    # run. An activation after the head (ERA) cannot be had from weights: the gradient of ln p' is another one for every word.
+    logit_scale: Tensor | None = None
 
     @classmethod
     def start(cls, tokens: TokenBatch) -> Signal:
@@ -176,6 +181,11 @@ class Signal:
     def shape(self, advantages: Tensor) -> Signal:
         """The advantages become these; no gradient flows through them."""
         return replace(self, advantages=advantages.detach())
+
+    def scale_logits(self, scale: Tensor) -> Signal:
+        """The policy loss of each token is that of its logits times ``scale`` > 0; no gradient flows through the scale."""
+        before = 1.0 if self.logit_scale is None else self.logit_scale
+        return replace(self, logit_scale=before * scale.detach())
 
     def penalise(
         self, name: str, per_token: Tensor, coef: float, where: Tensor, denominator: Denominator = "all"
@@ -204,7 +214,7 @@ class Explanation:
 
     formula: Sequence[str]
     reads: Sequence[str]
-    changes: Sequence[Literal["keep", "weight", "advantages"]]
+    changes: Sequence[Literal["keep", "weight", "advantages", "logit_scale"]]
     statistics: Mapping[str, Scope | Literal["group"]] = field(default_factory=dict)
     denominator: Denominator = "all"
     penalties: Mapping[str, tuple[float, Denominator]] = field(default_factory=dict)

@@ -16,7 +16,7 @@ from torch import Tensor
 from rl.contract import NEEDS, PROMISES, Cosine, Mean, Penalty, Rollout, RunFacts, Signal, TokenBatch, TokenPlugin
 from rl.errors import ConfigError
 
-_GRADIENT = frozenset({"logp.grad", "entropy.grad", "zero_advantage"})
+_GRADIENT = frozenset({"logp.grad", "entropy.grad", "zero_advantage", "logit_scale"})
 
 
 class Pipeline:
@@ -100,6 +100,10 @@ class Pipeline:
                     f"plugin.{penalty.name} penalises something that carries no gradient. Add what it is made of to the "
                     'needs of the plug-in: "logp.grad", "entropy.grad" or "full_kl".'
                 )
+        if signal.logit_scale is not None and "logit_scale" not in self.needs:
+            raise ConfigError(
+                f'plugin={list(self.plugins)}: one of them scales logits, which would change nothing. Add "logit_scale" to its needs.'
+            )
         if alive is not None and self.plugins and bool(((signal.effective != 0) & ~alive).any()):
             raise ConfigError(
                 f"plugin={list(self.plugins)}: one of them gives gradient to completions whose advantage is 0, which the "
@@ -158,7 +162,7 @@ def _named(name: str, tokens: TokenBatch, before: Signal, after: Signal) -> Sign
 
 
 def _audit(tokens: TokenBatch, before: Signal, after: Signal, added) -> dict[str, Mean]:
-    """``touched``: share of trainable tokens whose mask, weight, advantage or penalty the plug-in changed.
+    """``touched``: share of trainable tokens whose mask, weight, advantage, logits or penalty the plug-in changed.
     ``adv_mass``: sum |effective advantage| after / before."""
     mass = torch.stack([s.effective.abs().mul(tokens.mask).sum() for s in (after, before)])
     changed = _changed(before, after, added)
@@ -168,6 +172,9 @@ def _audit(tokens: TokenBatch, before: Signal, after: Signal, added) -> dict[str
 def _changed(before: Signal, after: Signal, added: Sequence[Penalty]) -> Tensor:
     """(B, T) whether the policy loss of a token or a penalty on it is another one."""
     changed = (after.keep != before.keep) | (after.weight != before.weight) | (after.advantages != before.advantages)
+    for scale, other in ((after.logit_scale, before.logit_scale), (before.logit_scale, after.logit_scale)):
+        if scale is not None:
+            changed = changed | (scale != (1.0 if other is None else other))
     for penalty in added:
         changed = changed | (penalty.where & (penalty.per_token.detach() * penalty.coef != 0))
     return changed

@@ -132,6 +132,8 @@ def _together(pipeline: Pipeline) -> Iterator[Row]:
     factors += ["1[kept by all that mask]"] if "keep" in changed else []
     factors += ["n_all / n_kept"] if any(said.denominator == "kept" for said in known) else []
     yield "A in lᵢₜ is", " x ".join(factors)
+    if "logit_scale" in changed:
+        yield "p in lᵢₜ is", "of the scaled logits, and so is p_old"
     if len(told) > 1:
         yield "order", _order(told)
         yield "statistics", "are over all tokens, also those that an earlier plug-in dropped"

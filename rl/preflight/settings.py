@@ -83,8 +83,9 @@ def check_settings(
     plugins = {name: section.attempt(build.plugin, name, node) for name, node in cfg.plugin.items()}
     good = {name: plugin for name, plugin in plugins.items() if plugin is not None}
     pipeline = section.attempt(build.pipeline_of, cfg, good)
-    if found is not None and found.stage == 3 and pipeline is not None and "full_kl" in pipeline.needs:
-        section.error(str(sharded("ZeRO-3", pipeline.asking("full_kl"))))
+    if found is not None and found.stage == 3 and pipeline is not None:
+        for need in sorted({"full_kl", "logit_scale"} & pipeline.needs):
+            section.error(str(sharded("ZeRO-3", pipeline.asking(need), need)))
     flaws = list(trainer_flaws(cfg.trainer))
     for flaw in flaws:
         section.error(flaw)

@@ -7,9 +7,10 @@
 Nothing here needs pytest: a law is a function that raises AssertionError with a sentence.
 """
 
-from rl.testing.batch import batch_from_logits, loss_from_signal, random_batch, rollout_of
-from rl.testing.laws import OF_ONE_PROCESS, Make
+from rl.testing.batch import batch_from_logits, loss_from_signal, rollout_of
+from rl.testing.laws import OF_ONE_PROCESS
 from rl.testing.ranks import two_ranks, two_ranks_are_one_process
+from rl.testing.samples import Make, random_batch
 
 LAWS = (*OF_ONE_PROCESS, two_ranks_are_one_process)
 

@@ -1,11 +1,10 @@
-"""For people who write plug-ins: a TokenBatch and a Rollout from plain tensors, one at random, and a readable reference loss.
+"""For people who write plug-ins: a TokenBatch and a Rollout from plain tensors, and a readable reference loss.
 
 They keep the dtype they are given, so that a method's golden numbers can be tested to 1e-9 in float64.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -68,42 +67,6 @@ def batch_from_logits(
     )
 
 
-def random_batch(
-    dtype: torch.dtype = torch.float64, rows: int = 6, columns: int = 9, requires_grad: bool = False
-) -> TokenBatch:
-    """The same off-policy batch at every call: ragged, with a completion of one token (1) and one that is masked whole (2)."""
-    g = torch.Generator().manual_seed(0)
-    logits = 3 * torch.randn(rows, columns, 11, generator=g, dtype=torch.float64)
-    old = logits + 0.3 * torch.randn(logits.shape, generator=g, dtype=torch.float64)
-    ids = torch.randint(0, 11, (rows, columns), generator=g)
-    lengths = torch.randint(1, columns + 1, (rows,), generator=g)
-    lengths[1] = 1
-    mask = torch.arange(columns) < lengths[:, None]
-    mask[2] = False
-    advantages = torch.randn(rows, generator=g, dtype=torch.float64).to(dtype)
-    logits = logits.to(dtype).requires_grad_(requires_grad)
-    return batch_from_logits(
-        logits,
-        ids,
-        mask,
-        advantages,
-        old_logits=old.to(dtype),
-        ref_logits=(logits.detach() * 0.9),
-        reward=(torch.arange(rows) % 3 > 0).double(),  # prompts with two right answers, with one and with none
-    )
-
-
-def rows_of(tokens: TokenBatch, index: Tensor | slice) -> TokenBatch:
-    """The batch of these completions; the recorded rollout stays whole."""
-    rowwise = {f: v[index] for f, v in tensors_of(tokens).items() if f != "rollout_entropy"}
-    return replace(tokens, **rowwise, noted={key: value[index] for key, value in tokens.noted.items()})
-
-
-def tensors_of(tokens: TokenBatch) -> dict[str, Tensor]:
-    """The fields of a batch that are tensors, by name."""
-    return {f: v for f in tokens.__dataclass_fields__ if isinstance(v := getattr(tokens, f), Tensor)}
-
-
 def rollout_of(batch: TokenBatch, group_size: int) -> Rollout:
     """The batch as a rollout of its own, for ``at_rollout``: every ``group_size`` rows are a prompt's completions."""
     return Rollout(
@@ -121,14 +84,21 @@ def loss_from_signal(
     signal: Signal,
     epsilon_low: float = 0.2,
     epsilon_high: float = 0.28,
+    logits: Tensor | None = None,
     aggregation: Literal["dapo", "grpo"] = "dapo",
 ) -> Tensor:
     """The clipped policy loss of the signal plus its penalties: a scalar with gradient.
 
     ``l_t = -min(r_t A_t, clip(r_t, 1 - epsilon_low, 1 + epsilon_high) A_t)`` with A the effective advantage; ``dapo`` is
-    the mean over all trainable tokens, ``grpo`` the mean over completions of each completion's mean.
+    the mean over all trainable tokens, ``grpo`` the mean over completions of each completion's mean. ``logits`` (B, T, V) are
+    needed where the signal scales them; r then is of the scaled ones, and 1 in value, since that takes an on-policy run.
     """
-    ratio = (batch.logp - batch.old_logp).exp()
+    logp, old_logp = batch.logp, batch.old_logp
+    if signal.logit_scale is not None:
+        scaled = logits / batch.temperature * signal.logit_scale[..., None]
+        logp = _pick(scaled.log_softmax(-1), batch.ids)
+        old_logp = logp.detach()
+    ratio = (logp - old_logp).exp()
     advantage = signal.effective
     per_token = -torch.min(ratio * advantage, ratio.clamp(1 - epsilon_low, 1 + epsilon_high) * advantage) * batch.mask
     if aggregation == "dapo":

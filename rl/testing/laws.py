@@ -16,15 +16,24 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from rl.contract import NEEDS, PROMISES, Explanation, Rollout, Signal, TokenBatch, TokenPlugin
+from rl.contract import NEEDS, PROMISES, Explanation, Rollout, Signal, TokenBatch
 from rl.pipeline import Pipeline
 from rl.plugins.rank_shaping import RankShaping
 from rl.reduce import Reduce
-from rl.testing.batch import batch_from_logits, loss_from_signal, random_batch, rollout_of, rows_of, tensors_of
+from rl.testing.batch import batch_from_logits, loss_from_signal
+from rl.testing.samples import (
+    GROUP,
+    Make,
+    batch_for,
+    noted,
+    of_tokens,
+    random_logits,
+    rows_of,
+    scale_of,
+    tensors_of,
+    through,
+)
 
-Make = Callable[..., TokenPlugin]  # make() as it is set, make(**neutral) as the identity
-
-_GROUP = 2  # completions of a prompt; three to a rank in the law of two ranks, so that one prompt's are on both
 _STATISTICS = ("sum", "max", "quantile", "topk")  # mean, count and min are made of these
 _READABLE = (
     "advantages",
@@ -40,24 +49,6 @@ _READABLE = (
     "group",
     "ids",
 )
-
-
-def batch_for(make: Make, dtype: torch.dtype = torch.float64, rows: int = 6, requires_grad: bool = False) -> TokenBatch:
-    """:func:`random_batch` with what the plug-in notes of it."""
-    return noted(make, random_batch(dtype, rows, requires_grad=requires_grad))
-
-
-def noted(make: Make, tokens: TokenBatch) -> TokenBatch:
-    """The batch with what a fresh plug-in notes of it as a rollout of pairs."""
-    plugin = make()
-    if not hasattr(plugin, "at_rollout"):
-        return tokens
-    return replace(tokens, noted=plugin.at_rollout(rollout_of(tokens, _GROUP)))
-
-
-def through(pipeline: Pipeline, tokens: TokenBatch) -> Signal:
-    """The signal of a pipeline that saw the batch as a rollout of pairs first."""
-    return pipeline(replace(tokens, noted=pipeline.at_rollout(rollout_of(tokens, _GROUP))))
 
 
 def applied(make: Make, tokens: TokenBatch) -> Signal:
@@ -95,6 +86,7 @@ def is_the_identity_at_neutral(make: Make) -> None:
     plain, signal = Signal.start(tokens), applied(still, tokens)
     same = torch.equal(signal.effective[tokens.mask], plain.effective[tokens.mask])
     must(same, f"at neutral={neutral} it still changes advantages, weights or the mask.")
+    must((scale_of(signal) == 1).all(), f"at neutral={neutral} it still scales logits.")
     zero = all(p.coef == 0 or p.mean(tokens.mask).item() == 0 for p in signal.penalties)
     must(zero, f"at neutral={neutral} a penalty is still not 0.")
 
@@ -110,6 +102,8 @@ def leaves_padding_alone(make: Make) -> None:
         (signal.weight[outside] == 1).all(),
         "a weight outside the mask is not 1. End with weight.where(tokens.mask, 1.0).",
     )
+    unscaled = (scale_of(signal)[outside] == 1).all()
+    must(unscaled, "logits outside the mask are scaled. End with scale.where(tokens.mask, 1.0).")
     inside = all(not (p.where & outside).any() for p in signal.penalties)
     must(inside, "a penalty counts tokens outside the mask. Hand in where & tokens.mask.")
 
@@ -121,31 +115,33 @@ def does_not_read_padding(make: Make) -> None:
     changed = replace(tokens, **{f: getattr(tokens, f).masked_fill(~tokens.mask, v) for f, v in noise.items()})
     a, b = applied(make, tokens), applied(make, changed)
     sentence = "what stands in the padding matters. Take statistics by tokens.reduce, which looks at the mask."
-    must(torch.equal(a.effective[tokens.mask], b.effective[tokens.mask]), sentence)
+    must(torch.equal(of_tokens(a)[tokens.mask], of_tokens(b)[tokens.mask]), sentence)
     same = all(torch.equal(p.mean(tokens.mask), q.mean(tokens.mask)) for p, q in _pairs(a, b))
     must(same, sentence)
 
 
 def gives_finite_weights_of_at_least_0(make: Make) -> None:
-    """Weights are finite and >= 0, the rescaling > 0, advantages finite."""
+    """Weights are finite and >= 0, the rescaling and the scale of logits > 0, advantages finite."""
     signal = applied(make, batch_for(make))
     must(signal.weight.isfinite().all() and (signal.weight >= 0).all(), "a weight is below 0 or not finite.")
     must(signal.rescale.isfinite().all() and (signal.rescale > 0).all(), "the rescaling is not above 0 or not finite.")
     must(signal.advantages.isfinite().all(), "an advantage is not finite.")
+    scale = scale_of(signal)
+    must(scale.isfinite().all() and (scale > 0).all(), "a scale of logits is not above 0 or not finite.")
 
 
 def lets_no_gradient_through(make: Make) -> None:
-    """Weights, masks and advantages carry no gradient."""
+    """Weights, masks, advantages and scales of logits carry no gradient."""
     signal = applied(make, batch_for(make, requires_grad=True))
     sentence = "a gradient flows through it. Make signals by their helpers, which detach."
-    must(not signal.effective.requires_grad and not any(p.where.requires_grad for p in signal.penalties), sentence)
+    must(not of_tokens(signal).requires_grad and not any(p.where.requires_grad for p in signal.penalties), sentence)
 
 
 def does_not_care_for_the_order_of_completions(make: Make) -> None:
     """Permuted completions give the permuted result."""
     tokens, order = batch_for(make), torch.tensor([3, 0, 5, 2, 1, 4])
     a, b = applied(make, tokens), applied(make, rows_of(tokens, order))
-    close(a.effective[order], b.effective, "the order of completions matters.")
+    close(of_tokens(a)[order], of_tokens(b), "the order of completions matters.")
     for p, q in _pairs(a, b):
         close(p.mean(tokens.mask), q.mean(tokens.mask[order]), f"the order of completions matters to {p.name}.")
 
@@ -162,11 +158,12 @@ def does_not_change_the_batch(make: Make) -> None:
 def in_bf16_is_close_to_fp32(make: Make) -> None:
     """The loss of a bf16 batch is close to that of the same numbers in fp32; a few tokens may change sides."""
     losses, tokens = [], batch_for(make, dtype=torch.bfloat16, rows=200)
+    logits = random_logits(torch.bfloat16, rows=200)
     for dtype in (torch.bfloat16, torch.float32):
         cast = {f: v.to(dtype) for f, v in tensors_of(tokens).items() if v.is_floating_point()}
         notes = {key: value.to(dtype) if value.is_floating_point() else value for key, value in tokens.noted.items()}
         typed = replace(tokens, **cast, noted=notes)
-        losses.append(loss_from_signal(typed, applied(make, typed)).item())
+        losses.append(loss_from_signal(typed, applied(make, typed), logits=logits.to(dtype)).item())
     close = math.isclose(*losses, rel_tol=0.1, abs_tol=0.1)
     must(close, f"in bf16 the loss is {losses[0]:.4g}, in fp32 {losses[1]:.4g}.")
 
@@ -174,14 +171,14 @@ def in_bf16_is_close_to_fp32(make: Make) -> None:
 def works_without_tokens(make: Make) -> None:
     """Empty batches, single tokens and batches that are all padding give a finite loss."""
     for shape in ((2, 3), (1, 1), (2, 0), (0, 3)):
-        pair = (_GROUP, shape[1])  # a rollout has whole groups, whatever of it is in a micro-batch
+        pair = (GROUP, shape[1])  # a rollout has whole groups, whatever of it is in a micro-batch
         logits = torch.zeros(*pair, 5, dtype=torch.float64)
         for mask in (torch.zeros(pair), torch.ones(pair)):
-            advantages = torch.ones(_GROUP, dtype=torch.float64)
+            advantages = torch.ones(GROUP, dtype=torch.float64)
             tokens = noted(make, batch_from_logits(logits, torch.zeros(pair), mask, advantages, ref_logits=logits))
             tokens = rows_of(tokens, slice(0, shape[0]))
             what = f"of {shape[0]} x {shape[1]} tokens, {int(tokens.mask.sum())} of them trainable,"
-            loss = loss_from_signal(tokens, applied(make, tokens))
+            loss = loss_from_signal(tokens, applied(make, tokens), logits=logits[: shape[0]])
             must(loss.isfinite(), f"the loss {what} is {loss.item()}.")
 
 
@@ -199,7 +196,7 @@ def as_a_shadow_changes_nothing(make: Make) -> None:
     tokens = batch_for(make, requires_grad=True)
     alone, random = through(Pipeline({"acts": RankShaping()}), tokens), torch.get_rng_state()
     beside = through(Pipeline({"acts": RankShaping()}, {"it": make()}), tokens)
-    same = torch.equal(alone.effective, beside.effective) and not beside.penalties
+    same = torch.equal(of_tokens(alone), of_tokens(beside)) and not beside.penalties
     must(same, "as a shadow it changes the loss.")
     pairs = [p for name in alone.metrics for p in zip(alone.metrics[name], beside.metrics[name], strict=True)]
     must(all(torch.equal(*pair) for pair in pairs), "as a shadow it changes another method's series.")
@@ -217,7 +214,7 @@ def reads_only_the_record_if_it_promises(make: Make) -> None:
         return
     tokens = batch_for(make)
     moved = replace(tokens, logp=tokens.logp - 0.5, entropy=tokens.entropy + 1.0, rank=tokens.rank + 1)
-    same = torch.equal(applied(make, tokens).effective, applied(make, moved).effective)
+    same = torch.equal(of_tokens(applied(make, tokens)), of_tokens(applied(make, moved)))
     must(same, 'it promises "recorded", and reads logp, entropy or rank of the current policy.')
 
 
@@ -226,11 +223,11 @@ def treats_completions_alone_if_it_promises(make: Make) -> None:
     if "alone" not in _promises(make):
         return
     tokens = batch_for(make)
-    together = applied(make, tokens).effective
+    together = of_tokens(applied(make, tokens))
     for i in range(len(tokens.mask)):
         own = rows_of(tokens, slice(i, i + 1))
         sentence = f'it promises "alone", and completion {i} gets something else by itself.'
-        close(applied(make, own).effective, together[i : i + 1], sentence)
+        close(of_tokens(applied(make, own)), together[i : i + 1], sentence)
 
 
 def gives_nothing_to_advantage_0_unless_it_says_so(make: Make) -> None:
@@ -304,6 +301,7 @@ def changes_what_it_says(make: Make) -> None:
     start, after = Signal.start(tokens), applied(make, tokens)
     fields = ("keep", "weight", "advantages")
     found = {f for f in fields if not torch.equal(getattr(start, f), getattr(after, f))}
+    found |= {"logit_scale"} if (scale_of(after) != 1).any() else set()
     must(found == set(said.changes), f"explain().changes is {list(said.changes)}, and it changes {sorted(found)}.")
 
 
@@ -324,7 +322,7 @@ def reads_what_it_says(make: Make) -> None:
 def _other(field: str, value: Tensor) -> Tensor:
     """Other values that the field might have."""
     other = torch.rand(value.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    other = {"logp": -3 * other, "old_logp": -3 * other, "advantages": other - 0.5}.get(field, 3 * other)
+    other = {"logp": -3 * other, "old_logp": -3 * other, "advantages": 6 * (other - 0.5)}.get(field, 3 * other)
     return (other if value.is_floating_point() else (11 * other).long()).to(value.dtype)
 
 
@@ -332,7 +330,7 @@ def _doing(make: Make, tokens: TokenBatch, passes: bool) -> list[Tensor]:
     signal = applied(make, tokens)
     penalties = [p.mean(tokens.mask) for p in signal.penalties]
     advantages = [] if passes else [signal.advantages[tokens.mask]]
-    return [signal.keep, signal.weight, signal.rescale, *advantages, *penalties]
+    return [signal.keep, signal.weight, signal.rescale, scale_of(signal), *advantages, *penalties]
 
 
 def _explained(make: Make) -> Explanation | None:

@@ -77,7 +77,7 @@ def test_a_real_model_on_the_command_line_does_not_get_the_laptops_values():
     [
         (
             ["plugin=[fork_maks]"],
-            r"plugin=fork_maks does not exist. Did you mean fork_mask\? Expected one of: ares",
+            r"plugin=fork_maks does not exist. Did you mean fork_mask\? Expected one of: ares, .*entropy_band",
         ),
         (["model=gpt5"], "model=gpt5 does not exist. .*qwen"),
         (
