@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import pad
 
-from rl.contract import RunFacts
+from rl.contract import Rollout, RunFacts
 from rl.errors import ConfigError
 
 # Losses that divide by trained tokens; the others divide by all completions, votes included.
@@ -54,6 +57,25 @@ def leave_out(output: dict, votes: Tensor, accelerator) -> None:
     output["num_items_in_batch"] = accelerator.gather(tokens.sum()).sum()
 
 
+def group_of(trainer: GRPOTrainer, rows: int) -> Tensor:
+    """(rows,) the number of each completion's group in this rollout; a group may begin on one rank and end on the next."""
+    size = trainer.num_generations if trainer.model.training else trainer.num_generations_eval
+    first = trainer.accelerator.process_index * rows
+    return (torch.arange(rows, device=trainer.accelerator.device) + first) // size
+
+
+def new_rollout(output: Mapping[str, Any], mask: Tensor, size: int, trained: int) -> Rollout:
+    """What plug-ins see of TRL's ``output``, ``trained`` of every ``size`` completions being more than votes."""
+    return Rollout(
+        mask=mask,
+        ids=output["completion_ids"],
+        reward=output["reward"],
+        old_entropy=output.get("old_entropy"),
+        group_size=size,
+        trained=trained,
+    )
+
+
 def mean_logps(trainer: GRPOTrainer, prompts: list, completions: list[list[int]], known: Tensor | None) -> list[float]:
     """Mean logp of each completion's tokens under the policy, in nats.
 
@@ -84,11 +106,15 @@ def mean_logps(trainer: GRPOTrainer, prompts: list, completions: list[list[int]]
     return (logp.where(inside, 0).sum(1) / lengths.clamp(min=1)).tolist()
 
 
+def on_policy(args: GRPOConfig) -> bool:
+    """Whether no update lies between a rollout and its use."""
+    return args.gradient_accumulation_steps % (args.steps_per_generation * args.num_iterations) == 0
+
+
 def run_facts(args: GRPOConfig, world_size: int) -> RunFacts:
     """What plug-ins may know of a run."""
-    every = args.steps_per_generation * args.num_iterations
     return RunFacts(
-        on_policy=args.gradient_accumulation_steps % every == 0,
+        on_policy=on_policy(args),
         loss_type=args.loss_type,
         beta=args.beta,
         micro_batch=args.per_device_train_batch_size,

@@ -232,19 +232,31 @@ class Reduce:
 
         ``scope="rollout"`` keeps every token at or above the k-th largest recorded value, ties included.
         """
+        if scope == "response":
+            return self.largest(x, count_kept(self.mask.sum(-1, keepdim=True), fraction), scope)
+        values, everywhere = self._pool(_real(x), scope, rollout)
+        n = _total(values, everywhere)
+        k = count_kept(n, fraction)
+        if scope != "rollout":
+            return self.largest(x, k, scope)
+        return (_real(x) >= select(values, n - int(k), everywhere)) & self.mask if k else torch.zeros_like(self.mask)
+
+    def largest(self, x: Tensor, k: Tensor | int, scope: Scope) -> Tensor:
+        """(B, T) bool: the ``k`` largest tokens of the scope or all where there are fewer, the earlier one first among ties.
+
+        ``k`` may be (B, 1) for ``scope="response"``; for ``world`` it is the same on every rank.
+        """
         x = _real(x)
         if scope == "response":
             order = x.masked_fill(~self.mask, -math.inf).argsort(dim=-1, descending=True, stable=True)
             place = torch.empty_like(order).scatter_(-1, order, torch.arange(x.shape[1], device=x.device).expand_as(x))
-            return (place < count_kept(self.mask.sum(-1, keepdim=True), fraction)) & self.mask
-        values, everywhere = self._pool(x, scope, rollout)
+            return (place < k) & self.mask
+        values, everywhere = self._pool(x, scope, None)
         n = _total(values, everywhere)
-        k = int(count_kept(n, fraction))
+        k = min(int(k), n)
         if k == 0:
             return torch.zeros_like(self.mask)
         last = select(values, n - k, everywhere)
-        if scope == "rollout":
-            return (x >= last) & self.mask
         kept = values > last
         ties = (values == last).nonzero().squeeze(1)
         missing = k - _total(values[kept], everywhere)

@@ -19,11 +19,15 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.utils import ModelOutput
+from trl import GRPOConfig
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from rl.alternatives import Alternatives, alternatives
+from rl.contract import TokenBatch
 from rl.errors import ConfigError
+from rl.groups import on_policy
 from rl.head import head_stats
+from rl.pipeline import Pipeline
 from rl.tiles import LogitRule
 
 _LOGITS = 1 << 24  # logits of one tile of the full-vocabulary KL: 64 MiB in fp32
@@ -234,9 +238,26 @@ class HiddenTap:
             self.hidden = output.last_hidden_state
 
     def completion(self, n: int) -> Tensor:
-        """(B, n, D) hidden states from which the last ``n`` tokens were predicted; they are let go of."""
-        hidden, self.hidden = self.hidden, None
-        return hidden[:, -n - 1 : -1]
+        """(B, n, D) hidden states from which the last ``n`` tokens were predicted; they are let go of at ``free``."""
+        return self.hidden[:, -n - 1 : -1]
+
+    def free(self) -> None:
+        """Keep them no longer."""
+        self.hidden = None
+
+    def scaled(self, found: Recorded, tokens: TokenBatch, scale: Tensor, fp32_head: bool = False) -> Recorded:
+        """``found`` with the (B, T) logp, with gradient, of logits times ``scale`` > 0; as it was where that is 1."""
+        logp, ids = found.logp, tokens.ids
+        rule = logit_rule(self.base.config.get_text_config(), tokens.temperature)
+        hidden = self.hidden[:, -ids.shape[1] - 1 :]
+        for factor in scale.unique().tolist():
+            if factor != 1:
+                labels = nn.functional.pad(ids.masked_fill(scale != factor, -100), (1, 0), value=-100)
+                # as a temperature, so that caps and biases are in the logits too
+                cooler = rule._replace(temperature=rule.temperature / factor)
+                scaled = _score_labels(self.base, hidden, labels, cooler, fp32_head, False, 0, None).log_probs
+                logp = torch.where(scale == factor, scaled, logp)
+        return found._replace(logp=logp)
 
     @property
     def head(self) -> nn.Module:
@@ -302,7 +323,9 @@ class Reference:
         without = self.adapters.disable_adapter() if self.adapters is not None else nullcontext()
         with without, self.tap:
             self.tap.base.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-        return self.tap.completion(n_completion)
+        hidden = self.tap.completion(n_completion)
+        self.tap.free()
+        return hidden
 
     def full_kl(self, policy: HiddenTap, input_ids: Tensor, attention_mask: Tensor, mask: Tensor) -> Tensor:
         """(B, T) divergence of the policy, whose hidden states ``policy`` has kept, from this one; 0 outside ``mask``."""
@@ -312,10 +335,21 @@ class Reference:
         return torch.zeros_like(mask, dtype=kl.dtype).masked_scatter(mask, kl)
 
 
-def check_full_kl(config, accelerator: Accelerator, needed_by: str) -> None:
-    """Raise ConfigError where ``full_kl`` would be wrong or impossible: transformed logits, sharded weights."""
-    refuse_logit_transforms(config, needed_by)
-    refuse_sharded(accelerator, needed_by)
+def check_needs(pipeline: Pipeline, config, accelerator: Accelerator, args: GRPOConfig) -> None:
+    """Raise ConfigError where ``full_kl`` or ``logit_scale`` would be wrong or impossible: transformed logits, sharded weights, and
+    an old policy whose scaled logits nobody recorded."""
+    if "full_kl" in pipeline.needs:
+        asking = pipeline.asking("full_kl")
+        refuse_logit_transforms(config, asking)
+        refuse_sharded(accelerator, asking)
+    if "logit_scale" in pipeline.needs:
+        asking = pipeline.asking("logit_scale")
+        refuse_sharded(accelerator, asking, "logit_scale")
+        if not on_policy(args):
+            raise ConfigError(
+                f"{asking} scales logits, of the old policy too, which are known on-policy only. Here there is more than one update from "
+                f"a rollout. Set trainer.steps_per_generation={args.gradient_accumulation_steps} trainer.num_iterations=1."
+            )
 
 
 def refuse_logit_transforms(config, needed_by: str) -> None:
@@ -328,17 +362,22 @@ def refuse_logit_transforms(config, needed_by: str) -> None:
         )
 
 
-def refuse_sharded(accelerator: Accelerator, needed_by: str) -> None:
-    """Raise ConfigError where no rank has the whole head, which ``full_kl`` reads."""
+def refuse_sharded(accelerator: Accelerator, needed_by: str, need: str = "full_kl") -> None:
+    """Raise ConfigError where no rank has the whole head, which ``full_kl`` and ``logit_scale`` read."""
     zero = getattr(accelerator.state, "deepspeed_plugin", None)
     if zero is not None and zero.zero_stage == 3:
-        raise sharded("ZeRO-3", needed_by)
+        raise sharded("ZeRO-3", needed_by, need)
     if accelerator.distributed_type == DistributedType.FSDP:
-        raise sharded("FSDP", needed_by)
+        raise sharded("FSDP", needed_by, need)
 
 
-def sharded(by: str, needed_by: str) -> ConfigError:
+def sharded(by: str, needed_by: str, need: str = "full_kl") -> ConfigError:
     """The error for that."""
+    if need == "logit_scale":
+        return ConfigError(
+            f"{needed_by} scales logits, which is not implemented for weights that are sharded (here by {by}). Use ZeRO-2 or plain "
+            "data parallelism."
+        )
     return ConfigError(
         f"{needed_by} needs the full-vocabulary KL, which is not implemented for weights that are sharded (here by {by}). Use ZeRO-2 or "
         "plain data parallelism, or set its kl_coef=0 and use trainer.beta for TRL's sampled KL."

@@ -40,7 +40,8 @@ class Savings(NamedTuple):
         """From the loss options of TRL and what the plug-ins say of themselves; TRL's entropy bonus needs "entropy.grad"."""
         if aux_loss:  # every token counts in the balance of experts
             return cls()
-        penalty = bool(needs & {"entropy.grad", "logp.grad", "full_kl"})
+        # the gradient of scaled logits is not that of logp
+        penalty = bool(needs & {"entropy.grad", "logp.grad", "full_kl", "logit_scale"})
         local = args.beta == 0 and not penalty
         tokens = (
             local

@@ -26,13 +26,13 @@ from rl.callbacks.phase import StepPhase
 from rl.checkpoint import Checkpoints
 from rl.contract import Signal, TokenBatch
 from rl.dynamics import Dynamics, Histogram
-from rl.groups import leave_out, mean_logps, only_votes, trained_of_group
+from rl.groups import group_of, leave_out, mean_logps, new_rollout, only_votes, trained_of_group
 from rl.meter import Meter, distinct_answers, policy_means, reward_means, sampling_means
 from rl.pipeline import Pipeline
 from rl.recorder import Recorder
 from rl.recording import Recording
 from rl.resume import ResumableTrainer
-from rl.scoring import HiddenTap, Recorded, Reference, WithRank, add_scoring, base_of, check_full_kl
+from rl.scoring import HiddenTap, Recorded, Reference, WithRank, add_scoring, base_of, check_needs
 from rl.seam import check_seam
 from rl.series import of_step, rename
 from rl.sparsity import (
@@ -125,13 +125,10 @@ class EntropyTrainer(ResumableTrainer):
         self.trim = Trim.of(self.model.config.get_text_config(), args.pad_to_multiple_of)
         for scored in (self.model, self.ref_model):
             if scored is not None:
-                base = base_of(self.accelerator.unwrap_model(scored))
-                add_scoring(base, self.temperature, args.cast_lm_head_to_fp32)
-        self._tap = self._ref = None
-        if "full_kl" in needs:
-            check_full_kl(self.model.config, self.accelerator, "plugin.entropy_band")
-            self._ref = Reference(self.model, self.accelerator.device, self.temperature)
-            self._tap = HiddenTap(self.model)
+                add_scoring(base_of(self.accelerator.unwrap_model(scored)), self.temperature, args.cast_lm_head_to_fp32)
+        check_needs(pipeline, self.model.config, self.accelerator, args)
+        self._ref = Reference(self.model, self.accelerator.device, self.temperature) if "full_kl" in needs else None
+        self._tap = HiddenTap(self.model) if needs & {"full_kl", "logit_scale"} else None
         self._trims_loss = not (self._is_vlm or self.aux_loss_enabled or self._tap is not None)
         self.use_checkpoints(checkpoints)
         self.add_callback(StepPhase(self))
@@ -246,7 +243,7 @@ class EntropyTrainer(ResumableTrainer):
             found = Recorded(out[0], out[1], scorer.rank(logits_to_keep))
         if inputs is not None:
             mask = self._loss_mask(inputs).bool()
-            kl = self._ref.full_kl(self._tap, input_ids, attention_mask, mask) if self._tap is not None else None
+            kl = self._ref.full_kl(self._tap, input_ids, attention_mask, mask) if self._ref is not None else None
             logp = found.logp if "logp.grad" in self.pipeline.needs else found.logp.detach()
             entropy = found.entropy if "entropy.grad" in self.pipeline.needs else found.entropy.detach()
             tokens = self._token_batch(inputs, logp, entropy, found.rank, kl)
@@ -254,10 +251,16 @@ class EntropyTrainer(ResumableTrainer):
             if self.model.training:
                 alive = per_token(inputs["advantages"]) != 0 if self.savings.rows else None
                 self.pipeline.check_gradients(self._signal, alive)
+            if (scale := self._signal.logit_scale) is not None:
+                inputs.pop("old_per_token_logps", None)  # on-policy: TRL then takes the scaled ones, detached
+                with self.accelerator.autocast():
+                    found = self._tap.scaled(found, tokens, scale, self.args.cast_lm_head_to_fp32)
+            if self._tap is not None:
+                self._tap.free()
             self._count(inputs, found.logp, tokens.mask, self._signal.effective != 0)
             if self.pipeline.plugins:
                 inputs["advantages"] = self._signal.effective
-        return out or (found.logp, found.entropy, None)
+        return found.logp, found.entropy, None if out is None else out[2]
 
     def _forward_ahead(self, model, inputs, input_ids, attention) -> tuple[Tensor, Tensor, None]:
         """Scores the tokens with an effective advantage; for all others what the rollout recorded stands."""
@@ -299,6 +302,7 @@ class EntropyTrainer(ResumableTrainer):
             ref_logp=inputs.get("ref_per_token_logps"),
             full_kl=kl,
             rollout_entropy=self._rollout_entropy,
+            noted={key: value for key, value in inputs.items() if key.startswith("plugin/")},
         )
 
     def _run_plugins(self, inputs: dict, tokens: TokenBatch) -> Signal:
@@ -337,23 +341,19 @@ class EntropyTrainer(ResumableTrainer):
         rewards, weights = self._rewards[first : first + rows], self.reward_weights.to(self._rewards.device)
         if self.trained < self.num_generations and self.model.training:
             leave_out(output, rewards.isnan().all(1), self.accelerator)
-        output |= {"rewards_per_func": rewards, "reward": (rewards * weights).nansum(-1), "group": self._groups(rows)}
+        output |= {"rewards_per_func": rewards, "reward": (rewards * weights).nansum(-1), "group": group_of(self, rows)}
         if self.model.training:
             self._rollout_step = self.state.global_step
             self._window = (0, [])
             mask = self._loss_mask(output).bool()
             if "rollout_entropy" in self.pipeline.needs:
                 self._rollout_entropy = output["old_entropy"][mask]
+            output |= self.pipeline.at_rollout(new_rollout(output, mask, self.num_generations, self.trained))
             self.meter.add(reward_means(rewards, self.reward_func_names, weights) | sampling_means(output, mask))
         self.meter.add_rollout(time.perf_counter() - start, tokens)
         if self.recording is not None and self.model.training:
             self.recording.at_rollout(output)
         return output
-
-    def _groups(self, rows: int) -> Tensor:
-        """(rows,) the number of each completion's group in this rollout; a group may begin on one rank and end on the next."""
-        size = self.num_generations if self.model.training else self.num_generations_eval
-        return (torch.arange(rows, device=self.accelerator.device) + self.accelerator.process_index * rows) // size
 
     def _record_old_policy(self, output: dict) -> None:
         """Add logp, entropy and rank under the rollout's policy, where the sampler or TRL made them or a plug-in wants them."""
@@ -376,7 +376,7 @@ class EntropyTrainer(ResumableTrainer):
         self._rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         if self.answers is not None and self.model.training:
             found = self.answers([c if isinstance(c, str) else str(c[-1]["content"]) for c in completions])
-            self.meter.add(distinct_answers(self._groups(len(found)), found))
+            self.meter.add(distinct_answers(group_of(self, len(found)), found))
         if self.trained < self.num_generations and self.model.training:
             votes = only_votes(len(self._rewards), self.num_generations, self.trained, self._rewards.device)
             self._rewards[votes] = torch.nan  # TRL leaves what has no reward out of its group's mean and deviation

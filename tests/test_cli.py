@@ -107,7 +107,16 @@ def test_evaluation_before_training_does_not_change_the_training(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "plugin", ["[]", "[fork_mask]", "[steer]", "[entropy_band]", "[rank_shaping]", "[rank_shaping,fork_mask,steer]"]
+    "plugin",
+    [
+        "[]",
+        "[fork_mask]",
+        "[steer]",
+        "[entropy_band]",
+        "[rank_shaping]",
+        "[rank_shaping,fork_mask,steer]",
+        "[target_entropy]",
+    ],
 )
 def test_methods_run_and_are_audited(tmp_path, plugin):
     assert train(tmp_path, f"plugin={plugin}", "eval.before=false", "eval.after=false") == 0

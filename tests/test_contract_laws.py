@@ -16,6 +16,7 @@ PLUGINS = Path(__file__).parents[1] / "configs" / "plugin"
 
 # The variants beside the defaults; a new plug-in is tested with its defaults without an entry here.
 VARIANTS = {
+    "ares": [{"kl_coef": 0.0}, {"alpha": 1.5, "window": 1}],
     "fork_mask": [
         {"selector": "topk"},
         {"denominator": "kept", "scope": "micro"},
@@ -24,10 +25,19 @@ VARIANTS = {
         {"scope": "rollout"},
         {"policy": "rollout"},
         {"policy": "rollout", "scope": "response"},
+        {"window": 2},
+        {"window": 2, "selector": "topk", "policy": "rollout"},
     ],
     "steer": [{"mapping": "linear", "w_max": 1.2}, {"mapping": "asymmetric", "w_max": 1.3}, {"form": "theorem"}],
     "entropy_band": [{"version": "v1", "selector": "quantile"}, {"selector": "otsu_hist100"}],
+    "clip_cov": [{"fraction": 0.3, "low": 0.1}, {"fraction": 0.1, "low": 0.1, "scope": "world"}],
+    "kl_cov": [{"fraction": 0.3}, {"scope": "world"}],
+    "era": [{"scale_advantages": False}, {"high": 1.5, "low": 1.0, "fraction": 0.5}],
+    "entropy_bonus": [{"coef": -0.1}],  # with a target it does nothing before its second update: its own test
     "rank_shaping": [{"beta": 0.5}, {"beta": 0.0, "lam_head": 0.1, "lam_tail": -0.1, "k": 3}],
+    "quantile_baseline": [{"form": "paper"}, {"quantile": 0.9}],
+    "target_entropy": [{"target": [[0, 0.6], [9, 0.3]], "coef": -0.1, "coef_min": -1.0}],
+    "w_reinforce": [{"positive": 1.0, "negative": 0.0}, {"positive": 0.0}],
 }
 
 

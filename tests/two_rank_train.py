@@ -16,10 +16,13 @@ from accelerate.state import AcceleratorState
 
 from rl.contract import Signal, TokenBatch
 from rl.pipeline import Pipeline
+from rl.plugins.ares import Ares
 from rl.plugins.entropy_band import EntropyBand
 from rl.plugins.fork_mask import ForkMask
+from rl.plugins.quantile_baseline import QuantileBaseline
 from rl.plugins.rank_shaping import RankShaping
 from rl.plugins.steer import Steer
+from rl.plugins.target_entropy import TargetEntropy
 from rl.recorder import Recorder
 from rl.trainer import EntropyTrainer
 from tiny import length_reward, make_trainer
@@ -91,6 +94,14 @@ CASES = {
     "live": lambda: {"plugins": {"mask": ForkMask(rho=0.4), "world": Weighted()}, **SOME},
     "ahead": lambda: {"plugins": forks(rho=0.4), **SOME},
     "split": lambda: {"plugins": forks(rho=0.4, selector="topk"), "rows": 12},  # a group on two ranks
+    "group": lambda: {
+        "plugins": {
+            "quantile": QuantileBaseline(),
+            "ares": Ares(window=1, correct_from=2.0, kl_every=1),
+            "aim": TargetEntropy(target=3.5),
+        },
+        "rows": 12,
+    },
     "topk": lambda: {
         "plugins": {
             "mask": ForkMask(rho=0.5, selector="topk", denominator="kept"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
+from typing import Literal
 
 from trl import GRPOConfig
 
@@ -74,12 +75,13 @@ def _plugin(plugin: TokenPlugin, args: GRPOConfig, algebra: BatchAlgebra) -> Ite
         yield ("" if place else "differs"), line
 
 
-def _scope(scope: Scope, algebra: BatchAlgebra) -> str:
+def _scope(scope: Scope | Literal["group"], algebra: BatchAlgebra) -> str:
     """The tokens of a scope, with their completions counted."""
     ranks, micro = algebra.world, algebra.micro_batch
     own, all_of_them = (" on one rank", f" on all {ranks} ranks") if ranks > 1 else ("", "")
     return {
         "response": "the tokens of its completion",
+        "group": f"the {algebra.group} completions of its prompt, at the rollout",
         "micro": f"the tokens of the {count(micro, 'completion')} of one forward{own}",
         "world": f"the tokens of the {count(micro * ranks, 'completion')} of one forward{all_of_them}",
         "rollout": f"the tokens of all {count(algebra.completions_per_rollout, 'completion')} of the rollout, as recorded there",
@@ -130,6 +132,8 @@ def _together(pipeline: Pipeline) -> Iterator[Row]:
     factors += ["1[kept by all that mask]"] if "keep" in changed else []
     factors += ["n_all / n_kept"] if any(said.denominator == "kept" for said in known) else []
     yield "A in lᵢₜ is", " x ".join(factors)
+    if "logit_scale" in changed:
+        yield "p in lᵢₜ is", "of the scaled logits, and so is p_old"
     if len(told) > 1:
         yield "order", _order(told)
         yield "statistics", "are over all tokens, also those that an earlier plug-in dropped"
@@ -140,10 +144,10 @@ def _order(told: Mapping[str, Explanation | None]) -> str:
         return f"not known to matter or not: {listed(unknown)} cannot say what it reads"
     names = list(told)
     seen = [
-        f"{later} reads the advantages that {name} shaped"
+        f"{later} {'reads' if 'advantages' in told[later].reads else 'replaces'} the advantages that {name} shaped"
         for place, name in enumerate(names)
         for later in names[place + 1 :]
-        if "advantages" in told[name].changes and "advantages" in told[later].reads
+        if "advantages" in told[name].changes and "advantages" in {*told[later].reads, *told[later].changes}
     ]
     return (
         "; ".join(seen)

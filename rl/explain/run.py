@@ -138,7 +138,7 @@ def _against(args: GRPOConfig, pipeline: Pipeline, bonus: bool) -> Iterator[str]
     if bonus:
         yield "the entropy bonus"
     for name, plugin in pipeline.plugins.items():
-        if penal := plugin.needs & {"logp.grad", "entropy.grad", "full_kl", "zero_advantage"}:
+        if penal := plugin.needs & {"logp.grad", "entropy.grad", "full_kl", "zero_advantage", "logit_scale"}:
             yield f"plugin.{name} ({', '.join(sorted(penal))})"
     for name, plugin in pipeline.shadows.items():
         if "full_kl" in plugin.needs:

@@ -1,4 +1,4 @@
-"""What plug-ins share: checks of their arguments and the count that changes a denominator."""
+"""What plug-ins share: checks of their arguments, the count that changes a denominator, and a covariance."""
 
 from __future__ import annotations
 
@@ -24,3 +24,9 @@ def n_all_over_kept(tokens: TokenBatch, kept: Tensor, scope: Scope) -> Tensor:
     """Trainable tokens over kept tokens, a scalar; 1 where nothing is kept."""
     n_kept = tokens.reduce.sum(kept.float(), scope)
     return (tokens.reduce.count(scope) / n_kept.clamp(min=1.0)).where(n_kept > 0, 1.0)
+
+
+def covariance(tokens: TokenBatch, advantages: Tensor, scope: Scope) -> Tensor:
+    """(B, T) ``(A - mean A) (ln p - mean ln p)`` with means over the tokens of the scope, without gradient."""
+    logp = tokens.logp.detach()
+    return (advantages - tokens.reduce.mean(advantages, scope)) * (logp - tokens.reduce.mean(logp, scope))

@@ -8,7 +8,9 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from rl.contract import Denominator, Explanation, Scope, Signal, TokenBatch
+from rl.errors import ConfigError
 from rl.plugins.checks import fraction, n_all_over_kept, one_of
+from rl.plugins.windows import mean_ahead
 
 Selector = Literal["quantile", "topk"]
 Policy = Literal["current", "rollout"]
@@ -32,6 +34,8 @@ class ForkMask:
         keep: "high" is the method; "low" keeps everything else instead, the paper's ablation.
         policy: whose entropy: the "current" policy's (the paper, the official code and TRL), or that of the "rollout". On-policy
             they are the same; off-policy only "rollout" knows the mask before the update, which then skips all other tokens.
+        window: 0 is the method; w > 0 takes for H_t the mean entropy of the next w tokens, ARES's window entropy
+            (arXiv 2510.08457, w = 4), and 0 for the last w tokens of a completion. Not with the scope rollout.
 
     Raises:
         ConfigError: a value outside these.
@@ -48,6 +52,7 @@ class ForkMask:
         denominator: Denominator = "all",
         keep: Literal["high", "low"] = "high",
         policy: Policy = "current",
+        window: int = 0,
     ):
         fraction("fork_mask.rho", rho, "0.2 keeps the top 20 %.")
         one_of("fork_mask.selector", selector, get_args(Selector))
@@ -55,8 +60,17 @@ class ForkMask:
         one_of("fork_mask.denominator", denominator, get_args(Denominator))
         one_of("fork_mask.keep", keep, ("high", "low"))
         one_of("fork_mask.policy", policy, get_args(Policy))
+        if not isinstance(window, int) or isinstance(window, bool) or window < 0:
+            raise ConfigError(
+                f"plugin.fork_mask.window={window} is no number of tokens. Expected 0, a token's own entropy, or more; ARES's is 4."
+            )
+        if window and scope == "rollout":
+            raise ConfigError(
+                f"plugin.fork_mask.window={window} does not work with scope=rollout, which records single entropies, not windows. "
+                "Set scope to response, micro or world."
+            )
         self.rho, self.selector, self.scope, self.denominator, self.keep = rho, selector, scope, denominator, keep
-        self.policy = policy
+        self.policy, self.window = policy, window
         needs = {"old_entropy"} if policy == "rollout" else set()
         self.needs = frozenset(needs | ({"rollout_entropy"} if scope == "rollout" else set()))
         promises = {"recorded"} if policy == "rollout" else set()
@@ -74,18 +88,20 @@ class ForkMask:
     def explain(self) -> Explanation:
         """The mask at these settings."""
         high = self.keep == "high"
+        h = "W" if self.window else "H"
         if self.selector == "quantile":
-            rule = f"keep = 1[H {'>=' if high else '<'} τ],  τ = the {1 - self.rho:.4g}-quantile of H"
+            rule = f"keep = 1[{h} {'>=' if high else '<'} τ],  τ = the {1 - self.rho:.4g}-quantile of {h}"
             of_several = "τ"
         else:
-            rule = f"keep = 1[H {'is' if high else 'is not'} among the ceil({self.rho:.4g} n) highest of n tokens]"
+            rule = f"keep = 1[{h} {'is' if high else 'is not'} among the ceil({self.rho:.4g} n) highest of n tokens]"
             of_several = "the highest"
         statistics: dict[str, Scope] = {of_several: self.scope}
         if self.denominator == "kept":
             statistics["n_all / n_kept"] = "world" if self.scope in ("world", "rollout") else "micro"
         entropy = "entropy" if self.policy == "current" else "old_entropy"
+        window = [f"W = the mean of H over the next {self.window} tokens, 0 where fewer follow"] if self.window else []
         return Explanation(
-            formula=[rule],
+            formula=[rule, *window],
             reads=[entropy, *(["rollout_entropy"] if self.scope == "rollout" else [])],
             changes=["keep"],
             statistics=statistics,
@@ -94,6 +110,8 @@ class ForkMask:
         )
 
     def _differences(self) -> Iterator[str]:
+        if self.window:
+            yield "the paper takes each token's own entropy; the window is ARES's, whose code masks nothing but counts with it"
         if self.scope in ("response", "rollout"):
             yield f"τ is that of the {self.scope}; the paper's is of a batch or micro-batch, never of one response"
         if self.denominator == "kept":
@@ -112,6 +130,8 @@ class ForkMask:
 
     def _forking(self, tokens: TokenBatch) -> Tensor:
         entropy = tokens.entropy.detach() if self.policy == "current" else tokens.old_entropy
+        if self.window:
+            entropy, _ = mean_ahead(entropy, tokens.mask, self.window)
         if self.selector == "topk":
             return tokens.reduce.topk(entropy, self.rho, self.scope, rollout=tokens.rollout_entropy)
         threshold = tokens.reduce.quantile(entropy, 1 - self.rho, self.scope, rollout=tokens.rollout_entropy)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from rl.preflight.loading import check_quantization
 from rl.preflight.report import Section
 from rl.preflight.vllm_options import check_vllm
 from rl.scoring import sharded
-from rl.testing import batch_from_logits
+from rl.testing import batch_from_logits, rollout_of
 from rl.tracking import resolve_mode
 
 
@@ -82,8 +83,9 @@ def check_settings(
     plugins = {name: section.attempt(build.plugin, name, node) for name, node in cfg.plugin.items()}
     good = {name: plugin for name, plugin in plugins.items() if plugin is not None}
     pipeline = section.attempt(build.pipeline_of, cfg, good)
-    if found is not None and found.stage == 3 and pipeline is not None and "full_kl" in pipeline.needs:
-        section.error(str(sharded("ZeRO-3", "plugin.entropy_band")))
+    if found is not None and found.stage == 3 and pipeline is not None:
+        for need in sorted({"full_kl", "logit_scale"} & pipeline.needs):
+            section.error(str(sharded("ZeRO-3", pipeline.asking(need), need)))
     flaws = list(trainer_flaws(cfg.trainer))
     for flaw in flaws:
         section.error(flaw)
@@ -211,9 +213,11 @@ def check_plugins(section: Section, pipeline: Pipeline, on_policy: bool) -> None
         random(rows),
         old_logits=None if on_policy else logits.detach() + 0.3 * random(*logits.shape),
         ref_logits=logits.detach() + 0.1 * random(*logits.shape),
+        reward=(random(rows) > 0).float(),
         group=torch.arange(rows) // 8,
         total_steps=100,
     )
+    tokens = replace(tokens, noted=pipeline.at_rollout(rollout_of(tokens, group_size=8)))
     metrics = pipeline(tokens).metrics
     for name in [*pipeline.plugins, *pipeline.shadows]:
         total, count = metrics[f"plugin/{name}/touched"]

@@ -1,6 +1,6 @@
-"""For people who write plug-ins: a TokenBatch from plain tensors, and a readable reference loss.
+"""For people who write plug-ins: a TokenBatch and a Rollout from plain tensors, and a readable reference loss.
 
-Both keep the dtype they are given, so that a method's golden numbers can be tested to 1e-9 in float64.
+They keep the dtype they are given, so that a method's golden numbers can be tested to 1e-9 in float64.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rl.contract import Signal, TokenBatch
+from rl.contract import Rollout, Signal, TokenBatch
 
 
 def batch_from_logits(
@@ -67,19 +67,38 @@ def batch_from_logits(
     )
 
 
+def rollout_of(batch: TokenBatch, group_size: int) -> Rollout:
+    """The batch as a rollout of its own, for ``at_rollout``: every ``group_size`` rows are a prompt's completions."""
+    return Rollout(
+        mask=batch.mask,
+        ids=batch.ids,
+        reward=batch.reward,
+        old_entropy=batch.old_entropy,
+        group_size=group_size,
+        trained=group_size,
+    )
+
+
 def loss_from_signal(
     batch: TokenBatch,
     signal: Signal,
     epsilon_low: float = 0.2,
     epsilon_high: float = 0.28,
+    logits: Tensor | None = None,
     aggregation: Literal["dapo", "grpo"] = "dapo",
 ) -> Tensor:
     """The clipped policy loss of the signal plus its penalties: a scalar with gradient.
 
     ``l_t = -min(r_t A_t, clip(r_t, 1 - epsilon_low, 1 + epsilon_high) A_t)`` with A the effective advantage; ``dapo`` is
-    the mean over all trainable tokens, ``grpo`` the mean over completions of each completion's mean.
+    the mean over all trainable tokens, ``grpo`` the mean over completions of each completion's mean. ``logits`` (B, T, V) are
+    needed where the signal scales them; r then is of the scaled ones, and 1 in value, since that takes an on-policy run.
     """
-    ratio = (batch.logp - batch.old_logp).exp()
+    logp, old_logp = batch.logp, batch.old_logp
+    if signal.logit_scale is not None:
+        scaled = logits / batch.temperature * signal.logit_scale[..., None]
+        logp = _pick(scaled.log_softmax(-1), batch.ids)
+        old_logp = logp.detach()
+    ratio = (logp - old_logp).exp()
     advantage = signal.effective
     per_token = -torch.min(ratio * advantage, ratio.clamp(1 - epsilon_low, 1 + epsilon_high) * advantage) * batch.mask
     if aggregation == "dapo":

@@ -10,18 +10,29 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from unittest import mock
 
 import torch
 from torch import Tensor
 
-from rl.contract import NEEDS, PROMISES, Explanation, Signal, TokenBatch, TokenPlugin
+from rl.contract import NEEDS, PROMISES, Explanation, Rollout, Signal, TokenBatch
 from rl.pipeline import Pipeline
 from rl.plugins.rank_shaping import RankShaping
 from rl.reduce import Reduce
 from rl.testing.batch import batch_from_logits, loss_from_signal
-
-Make = Callable[..., TokenPlugin]  # make() as it is set, make(**neutral) as the identity
+from rl.testing.samples import (
+    GROUP,
+    Make,
+    batch_for,
+    noted,
+    of_tokens,
+    random_logits,
+    rows_of,
+    scale_of,
+    tensors_of,
+    through,
+)
 
 _STATISTICS = ("sum", "max", "quantile", "topk")  # mean, count and min are made of these
 _READABLE = (
@@ -38,35 +49,6 @@ _READABLE = (
     "group",
     "ids",
 )
-
-
-def random_batch(
-    dtype: torch.dtype = torch.float64, rows: int = 6, columns: int = 9, requires_grad: bool = False
-) -> TokenBatch:
-    """The same off-policy batch at every call: ragged, with a completion of one token (1) and one that is masked whole (2)."""
-    g = torch.Generator().manual_seed(0)
-    logits = 3 * torch.randn(rows, columns, 11, generator=g, dtype=torch.float64)
-    old = logits + 0.3 * torch.randn(logits.shape, generator=g, dtype=torch.float64)
-    ids = torch.randint(0, 11, (rows, columns), generator=g)
-    lengths = torch.randint(1, columns + 1, (rows,), generator=g)
-    lengths[1] = 1
-    mask = torch.arange(columns) < lengths[:, None]
-    mask[2] = False
-    advantages = torch.randn(rows, generator=g, dtype=torch.float64).to(dtype)
-    logits = logits.to(dtype).requires_grad_(requires_grad)
-    return batch_from_logits(
-        logits, ids, mask, advantages, old_logits=old.to(dtype), ref_logits=(logits.detach() * 0.9)
-    )
-
-
-def rows_of(tokens: TokenBatch, index: Tensor | slice) -> TokenBatch:
-    """The batch of these completions; the recorded rollout stays whole."""
-    return replace(tokens, **{f: v[index] for f, v in tensors_of(tokens).items() if f != "rollout_entropy"})
-
-
-def tensors_of(tokens: TokenBatch) -> dict[str, Tensor]:
-    """The fields of a batch that are tensors, by name."""
-    return {f: v for f in tokens.__dataclass_fields__ if isinstance(v := getattr(tokens, f), Tensor)}
 
 
 def applied(make: Make, tokens: TokenBatch) -> Signal:
@@ -95,20 +77,23 @@ def needs_and_promises_are_known(make: Make) -> None:
 
 
 def is_the_identity_at_neutral(make: Make) -> None:
-    """With the arguments in ``neutral`` the policy loss is that of plain GRPO and every penalty is 0."""
-    neutral = dict(make().neutral)
-    tokens = random_batch(requires_grad=True)
-    plain = Signal.start(tokens)
-    signal = make(**neutral)(tokens, plain)
+    """With the arguments in ``neutral``, unless that is None, the policy loss is that of plain GRPO and every penalty is 0."""
+    neutral = make().neutral
+    if neutral is None:
+        return
+    still = partial(make, **neutral)
+    tokens = batch_for(still, requires_grad=True)
+    plain, signal = Signal.start(tokens), applied(still, tokens)
     same = torch.equal(signal.effective[tokens.mask], plain.effective[tokens.mask])
     must(same, f"at neutral={neutral} it still changes advantages, weights or the mask.")
+    must((scale_of(signal) == 1).all(), f"at neutral={neutral} it still scales logits.")
     zero = all(p.coef == 0 or p.mean(tokens.mask).item() == 0 for p in signal.penalties)
     must(zero, f"at neutral={neutral} a penalty is still not 0.")
 
 
 def leaves_padding_alone(make: Make) -> None:
     """Outside ``mask`` the weight is 1, the advantage is as it was, and no penalty counts."""
-    tokens = random_batch()
+    tokens = batch_for(make)
     signal, outside = applied(make, tokens), ~tokens.mask
     must(not signal.keep[outside].any(), "a token outside the mask is kept. Use signal.drop, which can only take away.")
     same = torch.equal(signal.advantages[outside], tokens.advantages[outside])
@@ -117,49 +102,53 @@ def leaves_padding_alone(make: Make) -> None:
         (signal.weight[outside] == 1).all(),
         "a weight outside the mask is not 1. End with weight.where(tokens.mask, 1.0).",
     )
+    unscaled = (scale_of(signal)[outside] == 1).all()
+    must(unscaled, "logits outside the mask are scaled. End with scale.where(tokens.mask, 1.0).")
     inside = all(not (p.where & outside).any() for p in signal.penalties)
     must(inside, "a penalty counts tokens outside the mask. Hand in where & tokens.mask.")
 
 
 def does_not_read_padding(make: Make) -> None:
     """Other numbers outside ``mask`` change nothing inside."""
-    tokens = random_batch()
+    tokens = batch_for(make)
     noise = {"entropy": 7.0, "logp": -3.0, "old_logp": -0.1, "old_entropy": 9.0, "full_kl": 5.0}
     changed = replace(tokens, **{f: getattr(tokens, f).masked_fill(~tokens.mask, v) for f, v in noise.items()})
     a, b = applied(make, tokens), applied(make, changed)
     sentence = "what stands in the padding matters. Take statistics by tokens.reduce, which looks at the mask."
-    must(torch.equal(a.effective[tokens.mask], b.effective[tokens.mask]), sentence)
+    must(torch.equal(of_tokens(a)[tokens.mask], of_tokens(b)[tokens.mask]), sentence)
     same = all(torch.equal(p.mean(tokens.mask), q.mean(tokens.mask)) for p, q in _pairs(a, b))
     must(same, sentence)
 
 
 def gives_finite_weights_of_at_least_0(make: Make) -> None:
-    """Weights are finite and >= 0, the rescaling > 0, advantages finite."""
-    signal = applied(make, random_batch())
+    """Weights are finite and >= 0, the rescaling and the scale of logits > 0, advantages finite."""
+    signal = applied(make, batch_for(make))
     must(signal.weight.isfinite().all() and (signal.weight >= 0).all(), "a weight is below 0 or not finite.")
     must(signal.rescale.isfinite().all() and (signal.rescale > 0).all(), "the rescaling is not above 0 or not finite.")
     must(signal.advantages.isfinite().all(), "an advantage is not finite.")
+    scale = scale_of(signal)
+    must(scale.isfinite().all() and (scale > 0).all(), "a scale of logits is not above 0 or not finite.")
 
 
 def lets_no_gradient_through(make: Make) -> None:
-    """Weights, masks and advantages carry no gradient."""
-    signal = applied(make, random_batch(requires_grad=True))
+    """Weights, masks, advantages and scales of logits carry no gradient."""
+    signal = applied(make, batch_for(make, requires_grad=True))
     sentence = "a gradient flows through it. Make signals by their helpers, which detach."
-    must(not signal.effective.requires_grad and not any(p.where.requires_grad for p in signal.penalties), sentence)
+    must(not of_tokens(signal).requires_grad and not any(p.where.requires_grad for p in signal.penalties), sentence)
 
 
 def does_not_care_for_the_order_of_completions(make: Make) -> None:
     """Permuted completions give the permuted result."""
-    tokens, order = random_batch(), torch.tensor([3, 0, 5, 2, 1, 4])
+    tokens, order = batch_for(make), torch.tensor([3, 0, 5, 2, 1, 4])
     a, b = applied(make, tokens), applied(make, rows_of(tokens, order))
-    close(a.effective[order], b.effective, "the order of completions matters.")
+    close(of_tokens(a)[order], of_tokens(b), "the order of completions matters.")
     for p, q in _pairs(a, b):
         close(p.mean(tokens.mask), q.mean(tokens.mask[order]), f"the order of completions matters to {p.name}.")
 
 
 def does_not_change_the_batch(make: Make) -> None:
     """The tensors it is given are as they were."""
-    tokens = random_batch()
+    tokens = batch_for(make)
     before = {f: v.clone() for f, v in tensors_of(tokens).items()}
     applied(make, tokens)
     changed = [f for f, v in before.items() if not torch.equal(v, getattr(tokens, f))]
@@ -168,11 +157,13 @@ def does_not_change_the_batch(make: Make) -> None:
 
 def in_bf16_is_close_to_fp32(make: Make) -> None:
     """The loss of a bf16 batch is close to that of the same numbers in fp32; a few tokens may change sides."""
-    losses, tokens = [], random_batch(torch.bfloat16, rows=200)
+    losses, tokens = [], batch_for(make, dtype=torch.bfloat16, rows=200)
+    logits = random_logits(torch.bfloat16, rows=200)
     for dtype in (torch.bfloat16, torch.float32):
         cast = {f: v.to(dtype) for f, v in tensors_of(tokens).items() if v.is_floating_point()}
-        typed = replace(tokens, **cast)
-        losses.append(loss_from_signal(typed, applied(make, typed)).item())
+        notes = {key: value.to(dtype) if value.is_floating_point() else value for key, value in tokens.noted.items()}
+        typed = replace(tokens, **cast, noted=notes)
+        losses.append(loss_from_signal(typed, applied(make, typed), logits=logits.to(dtype)).item())
     close = math.isclose(*losses, rel_tol=0.1, abs_tol=0.1)
     must(close, f"in bf16 the loss is {losses[0]:.4g}, in fp32 {losses[1]:.4g}.")
 
@@ -180,19 +171,21 @@ def in_bf16_is_close_to_fp32(make: Make) -> None:
 def works_without_tokens(make: Make) -> None:
     """Empty batches, single tokens and batches that are all padding give a finite loss."""
     for shape in ((2, 3), (1, 1), (2, 0), (0, 3)):
-        logits = torch.zeros(*shape, 5, dtype=torch.float64)
-        for mask in (torch.zeros(shape), torch.ones(shape)):
-            advantages = torch.ones(shape[0], dtype=torch.float64)
-            tokens = batch_from_logits(logits, torch.zeros(shape), mask, advantages, ref_logits=logits)
-            what = f"of {shape[0]} x {shape[1]} tokens, {int(mask.sum())} of them trainable,"
-            loss = loss_from_signal(tokens, applied(make, tokens))
+        pair = (GROUP, shape[1])  # a rollout has whole groups, whatever of it is in a micro-batch
+        logits = torch.zeros(*pair, 5, dtype=torch.float64)
+        for mask in (torch.zeros(pair), torch.ones(pair)):
+            advantages = torch.ones(GROUP, dtype=torch.float64)
+            tokens = noted(make, batch_from_logits(logits, torch.zeros(pair), mask, advantages, ref_logits=logits))
+            tokens = rows_of(tokens, slice(0, shape[0]))
+            what = f"of {shape[0]} x {shape[1]} tokens, {int(tokens.mask.sum())} of them trainable,"
+            loss = loss_from_signal(tokens, applied(make, tokens), logits=logits[: shape[0]])
             must(loss.isfinite(), f"the loss {what} is {loss.item()}.")
 
 
 def touches_something(make: Make) -> None:
     """As it is set it changes a token, and the audit counts it."""
-    tokens = random_batch()
-    metrics = Pipeline({"it": make()})(tokens).metrics
+    tokens = batch_for(make)
+    metrics = through(Pipeline({"it": make()}), tokens).metrics
     touched, mass = metrics["plugin/it/touched"], metrics["plugin/it/adv_mass"]
     must(touched.count == tokens.mask.sum() and touched.total > 0, "as it is set it changes no token.")
     must(mass.count > 0 and mass.total.isfinite(), "|advantage| after it is not finite.")
@@ -200,10 +193,10 @@ def touches_something(make: Make) -> None:
 
 def as_a_shadow_changes_nothing(make: Make) -> None:
     """Beside another method, as a shadow, it leaves signal, series and random numbers alone."""
-    tokens = random_batch(requires_grad=True)
-    alone, random = Pipeline({"acts": RankShaping()})(tokens), torch.get_rng_state()
-    beside = Pipeline({"acts": RankShaping()}, {"it": make()})(tokens)
-    same = torch.equal(alone.effective, beside.effective) and not beside.penalties
+    tokens = batch_for(make, requires_grad=True)
+    alone, random = through(Pipeline({"acts": RankShaping()}), tokens), torch.get_rng_state()
+    beside = through(Pipeline({"acts": RankShaping()}, {"it": make()}), tokens)
+    same = torch.equal(of_tokens(alone), of_tokens(beside)) and not beside.penalties
     must(same, "as a shadow it changes the loss.")
     pairs = [p for name in alone.metrics for p in zip(alone.metrics[name], beside.metrics[name], strict=True)]
     must(all(torch.equal(*pair) for pair in pairs), "as a shadow it changes another method's series.")
@@ -219,9 +212,9 @@ def reads_only_the_record_if_it_promises(make: Make) -> None:
     """With "recorded" in ``promises``, the current policy's logp, entropy and rank change nothing."""
     if "recorded" not in _promises(make):
         return
-    tokens = random_batch()
+    tokens = batch_for(make)
     moved = replace(tokens, logp=tokens.logp - 0.5, entropy=tokens.entropy + 1.0, rank=tokens.rank + 1)
-    same = torch.equal(applied(make, tokens).effective, applied(make, moved).effective)
+    same = torch.equal(of_tokens(applied(make, tokens)), of_tokens(applied(make, moved)))
     must(same, 'it promises "recorded", and reads logp, entropy or rank of the current policy.')
 
 
@@ -229,19 +222,19 @@ def treats_completions_alone_if_it_promises(make: Make) -> None:
     """With "alone" in ``promises``, a completion by itself gets what it gets among others."""
     if "alone" not in _promises(make):
         return
-    tokens = random_batch()
-    together = applied(make, tokens).effective
+    tokens = batch_for(make)
+    together = of_tokens(applied(make, tokens))
     for i in range(len(tokens.mask)):
         own = rows_of(tokens, slice(i, i + 1))
         sentence = f'it promises "alone", and completion {i} gets something else by itself.'
-        close(applied(make, own).effective, together[i : i + 1], sentence)
+        close(of_tokens(applied(make, own)), together[i : i + 1], sentence)
 
 
 def gives_nothing_to_advantage_0_unless_it_says_so(make: Make) -> None:
     """Without "zero_advantage" in ``needs``, completions of advantage 0 get no gradient."""
     if "zero_advantage" in make().needs:
         return
-    tokens = random_batch()
+    tokens = batch_for(make)
     still = replace(tokens, advantages=tokens.advantages * torch.tensor([0, 1, 1, 0, 1, 0])[:, None])
     none = not applied(make, still).effective[[0, 3, 5]].any()
     must(none, 'a completion of advantage 0 gets gradient. Add "zero_advantage" to needs.')
@@ -249,7 +242,7 @@ def gives_nothing_to_advantage_0_unless_it_says_so(make: Make) -> None:
 
 def penalises_what_carries_gradient(make: Make) -> None:
     """A penalty carries gradient, and ``needs`` says of what."""
-    for penalty in applied(make, random_batch(requires_grad=True)).penalties:
+    for penalty in applied(make, batch_for(make, requires_grad=True)).penalties:
         said = bool(make().needs & {"logp.grad", "entropy.grad", "full_kl"})
         sentence = 'carries no gradient, or needs does not say of what: "logp.grad", "entropy.grad" or "full_kl".'
         must(said and penalty.per_token.requires_grad, f"the penalty {penalty.name} {sentence}")
@@ -259,7 +252,7 @@ def penalises_what_carries_gradient(make: Make) -> None:
 
 
 def names_the_scopes_it_uses(make: Make) -> None:
-    """``explain().statistics`` has the scopes it asks ``tokens.reduce`` for, and no other."""
+    """``explain().statistics`` has the scopes it asks ``tokens.reduce`` for, "group" for ``rollout.groups``, and no other."""
     if (said := _explained(make)) is None:
         return
     used: set[str] = set()
@@ -271,9 +264,18 @@ def names_the_scopes_it_uses(make: Make) -> None:
 
         return call
 
-    with mock.patch.multiple(Reduce, **{name: recorded(getattr(Reduce, name)) for name in _STATISTICS}):
-        applied(make, random_batch())
+    groups = Rollout.groups
+
+    def recorded_groups(rollout: Rollout, values: Tensor) -> Tensor:
+        used.add("group")
+        return groups(rollout, values)
+
+    statistics = {name: recorded(getattr(Reduce, name)) for name in _STATISTICS}
+    with mock.patch.multiple(Reduce, **statistics), mock.patch.object(Rollout, "groups", recorded_groups):
+        applied(make, batch_for(make))
     scopes = set(said.statistics.values())
+    if "group" in used:  # who sees all prompts may also say what is one number of the whole rollout
+        scopes -= {"rollout"}
     must(used == scopes, f"explain().statistics names the scopes {sorted(scopes)}, and it uses {sorted(used)}.")
 
 
@@ -281,7 +283,7 @@ def has_the_denominator_and_penalties_it_says(make: Make) -> None:
     """``explain()`` has its denominator, its penalties and their coefficients."""
     if (said := _explained(make)) is None:
         return
-    tokens = random_batch(requires_grad=True)
+    tokens = batch_for(make, requires_grad=True)
     signal = applied(make, tokens)
     kept = (signal.keep & tokens.mask).sum()
     factor = tokens.mask.sum() / kept if said.denominator == "kept" else torch.tensor(1.0)
@@ -295,10 +297,11 @@ def changes_what_it_says(make: Make) -> None:
     """``explain().changes`` has the fields of the signal that it changes, and no other."""
     if (said := _explained(make)) is None:
         return
-    tokens = random_batch()
+    tokens = batch_for(make)
     start, after = Signal.start(tokens), applied(make, tokens)
     fields = ("keep", "weight", "advantages")
     found = {f for f in fields if not torch.equal(getattr(start, f), getattr(after, f))}
+    found |= {"logit_scale"} if (scale_of(after) != 1).any() else set()
     must(found == set(said.changes), f"explain().changes is {list(said.changes)}, and it changes {sorted(found)}.")
 
 
@@ -306,9 +309,9 @@ def reads_what_it_says(make: Make) -> None:
     """``explain().reads`` has the fields of the batch that decide what it does, and no other."""
     if (said := _explained(make)) is None:
         return
-    tokens = random_batch()
+    tokens = batch_for(make)
     for field in _READABLE:
-        changed = replace(tokens, **{field: _other(field, getattr(tokens, field))})
+        changed = noted(make, replace(tokens, **{field: _other(field, getattr(tokens, field))}))
         # advantages that are handed on are no reading of them
         passes = field == "advantages" and "advantages" not in said.changes
         same = all(map(torch.equal, _doing(make, tokens, passes), _doing(make, changed, passes)))
@@ -319,14 +322,15 @@ def reads_what_it_says(make: Make) -> None:
 def _other(field: str, value: Tensor) -> Tensor:
     """Other values that the field might have."""
     other = torch.rand(value.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    other = {"logp": -3 * other, "old_logp": -3 * other, "advantages": other - 0.5}.get(field, 3 * other)
+    other = {"logp": -3 * other, "old_logp": -3 * other, "advantages": 6 * (other - 0.5)}.get(field, 3 * other)
     return (other if value.is_floating_point() else (11 * other).long()).to(value.dtype)
 
 
 def _doing(make: Make, tokens: TokenBatch, passes: bool) -> list[Tensor]:
     signal = applied(make, tokens)
     penalties = [p.mean(tokens.mask) for p in signal.penalties]
-    return [signal.keep, signal.weight, signal.rescale, *([] if passes else [signal.advantages]), *penalties]
+    advantages = [] if passes else [signal.advantages[tokens.mask]]
+    return [signal.keep, signal.weight, signal.rescale, scale_of(signal), *advantages, *penalties]
 
 
 def _explained(make: Make) -> Explanation | None:

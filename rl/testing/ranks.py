@@ -15,7 +15,8 @@ from torch import Tensor
 from rl.contract import TokenBatch
 from rl.pipeline import Pipeline
 from rl.reduce import join, leave
-from rl.testing.laws import Make, close, random_batch, rows_of, tensors_of
+from rl.testing.laws import close
+from rl.testing.samples import Make, of_tokens, random_batch, rows_of, tensors_of, through
 
 
 def two_ranks(fn: Callable[..., Any], *args: Any) -> list[Any]:
@@ -36,9 +37,9 @@ def _worker(rank: int, fn: Callable[..., Any], folder: str, args: Sequence[Any])
 
 
 class Outcome(NamedTuple):
-    """What a plug-in made of a batch: effective advantages, each penalty's mean, each series as sum and count."""
+    """What a plug-in made of a batch: what it made of each token, each penalty's mean, each series as sum and count."""
 
-    effective: Tensor
+    tokens: Tensor  # as of_tokens has it
     penalties: list[Tensor]
     series: dict[str, Tensor]
 
@@ -71,11 +72,11 @@ def check_ranks(make: Make, first: dict, second: dict) -> None:
         sentence = f"two ranks are not one process, where {case}: "
         for rank, own in enumerate(ranks):
             rows = slice(3 * rank, 3 * rank + 3)
-            width = own.effective.shape[1]
+            width = own.tokens.shape[1]
             inside = tokens.mask[rows, :width]
-            expected = one.effective[rows, :width][inside]
+            expected = one.tokens[rows, :width][inside]
             hint = 'the loss of a token differs. Use scope="world", or say "micro" in explain().statistics.'
-            close(own.effective[inside], expected, sentence + hint)
+            close(own.tokens[inside], expected, sentence + hint)
         for i, mean in enumerate(one.penalties):
             both = sum(own.penalties[i] for own in ranks) / 2  # as gradients are averaged
             close(both, mean, sentence + f"penalty {i} differs.")
@@ -106,6 +107,6 @@ def _whole(empty: int | None) -> TokenBatch:
 
 
 def _outcome(make: Make, tokens: TokenBatch) -> Outcome:
-    signal = Pipeline({"it": make()})(tokens)
+    signal = through(Pipeline({"it": make()}), tokens)
     series = {key: torch.stack([part.double() for part in value]) for key, value in signal.metrics.items()}
-    return Outcome(signal.effective, [p.mean(tokens.mask).detach() for p in signal.penalties], series)
+    return Outcome(of_tokens(signal), [p.mean(tokens.mask).detach() for p in signal.penalties], series)

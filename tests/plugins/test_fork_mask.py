@@ -7,6 +7,7 @@ from golden import close, tensor
 from rl.contract import Signal
 from rl.errors import ConfigError
 from rl.plugins.fork_mask import ForkMask
+from rl.plugins.windows import mean_ahead
 from rl.testing import batch_from_logits, loss_from_signal
 
 LOGITS = [
@@ -115,7 +116,18 @@ def test_empty_micro_batch_keeps_nothing_and_has_a_finite_loss():
 
 
 @pytest.mark.parametrize(
-    "bad", [{"rho": 20}, {"rho": 0}, {"selector": "median"}, {"scope": "batch"}, {"denominator": "n"}, {"keep": "mid"}]
+    "bad",
+    [
+        {"window": -1},
+        {"window": 2.5},
+        {"window": 4, "scope": "rollout"},
+        {"rho": 20},
+        {"rho": 0},
+        {"selector": "median"},
+        {"scope": "batch"},
+        {"denominator": "n"},
+        {"keep": "mid"},
+    ],
 )
 def test_refuses(bad):
     with pytest.raises(ConfigError, match=next(iter(bad))):
@@ -128,3 +140,26 @@ def test_needs_and_promises_say_whose_entropy_and_who_is_compared():
     assert not ForkMask(scope="response", denominator="kept").promises
     assert ForkMask(policy="rollout", scope="rollout").promises == {"recorded", "alone"}
     assert ForkMask(policy="rollout", scope="rollout").needs == {"old_entropy", "rollout_entropy"}
+
+
+def test_window_entropy_is_the_mean_of_the_next_tokens():
+    entropy = tensor([[9, 1, 2, 3, 7, 100], [9, 1, 2, 3, 100, 100], [5, 4, 100, 100, 100, 100]])
+    mask = torch.arange(6) < torch.tensor([5, 4, 2])[:, None]
+    mean, full = mean_ahead(entropy, mask, 3)
+    close(mean, [[2, 4, 0, 0, 0, 0], [2, 0, 0, 0, 0, 0], [0] * 6])
+    assert torch.equal(full, mean > 0)
+    assert not mean_ahead(entropy, mask, 6)[1].any()
+
+
+def test_window_steps_over_what_the_policy_did_not_write():
+    entropy, mask = tensor([[9, 1, 100, 100, 3, 8]]), torch.tensor([[1, 1, 0, 0, 1, 1]]).bool()
+    close(mean_ahead(entropy, mask, 2)[0], [[2, 5.5, 0, 0, 0, 0]])
+
+
+def test_a_window_keeps_the_tokens_before_the_uncertain_ones():
+    """Entropies 0.948, 1.361, 0.194 and 1.055, 0.706: with a window of one, each token has the next one's."""
+    for selector in ("quantile", "topk"):
+        assert run(rho=0.4, selector=selector, window=1)[2].keep.tolist() == [
+            [True, False, False],
+            [True, False, False],
+        ]

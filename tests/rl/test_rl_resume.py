@@ -17,6 +17,7 @@ from rl.contract import Mean
 from rl.dynamics import Dynamics
 from rl.errors import CheckpointError, ConfigError, SaveError
 from rl.plugins.entropy_band import EntropyBand
+from rl.plugins.entropy_bonus import EntropyBonus
 from rl.plugins.fork_mask import ForkMask
 from rl.probes import Probes
 from rl.recorder import Recorder
@@ -132,7 +133,11 @@ CASES = {
     # an epoch of 8 micro-steps: updates of 5 and 3
     "rollouts across updates": {"gradient_accumulation_steps": 5, "steps_per_generation": 2, "num_iterations": 2},
     "stream": {"data": stream},
-    "stream, twice": {"data": stream, **TWICE},
+    "stream, twice, steered": {
+        "data": stream,
+        **TWICE,
+        "plugins": lambda: {"bonus": EntropyBonus(target=2.75, coef=0.2, delta=0.1)},
+    },
 }
 
 

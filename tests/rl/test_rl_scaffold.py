@@ -124,7 +124,7 @@ def test_refuses_a_name(folder, capsys, name, why):
         (["new"], "Expected entrl new plugin"),
         (["new", "reward", "mine"], "Expected entrl new plugin"),
         (["new", "plugin"], "needs a name"),
-        (["new", "plugin", "a", "b"], "is no override"),
+        (["new", "plugin", "a", "b"], "takes one target"),
         (["new", "plugin", "a", "seed=1"], "takes no overrides"),
     ],
 )

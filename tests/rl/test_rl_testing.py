@@ -148,6 +148,80 @@ class SeriesOfOneRank(Good):
         return replace(super().__call__(tokens, signal), metrics={"calls": Mean(one, one)})
 
 
+class BestOfItsPrompt(Good):
+    """Compares completions by notes: a method of the other kind that keeps all laws."""
+
+    promises = frozenset()
+    said = {"formula": [], "reads": ["reward"], "changes": ["keep"], "statistics": {"best": "group"}}
+
+    def at_rollout(self, rollout):
+        rewards = rollout.groups(rollout.reward)
+        return {"worse": rollout.own(rewards < rewards.amax(1, keepdim=True))}
+
+    def __call__(self, tokens, signal):
+        return signal.drop(tokens.mask & tokens.noted["worse"].unsqueeze(1) & (self.power > 0))
+
+
+class SilentOnGroups(BestOfItsPrompt):
+    said = {**BestOfItsPrompt.said, "statistics": {}}
+
+
+class OneRanksGroups(BestOfItsPrompt):
+    def at_rollout(self, rollout):
+        return {"worse": torch.arange(len(rollout.reward)) % 4 == 0}  # as if this rank had all completions
+
+
+class Sharpens(Good):
+    """Scales the logits of completions: the third kind."""
+
+    needs = frozenset({"logit_scale"})
+    said = {**Good.said, "changes": ["logit_scale"]}
+
+    def scale(self, tokens):
+        return (1 + self.weight(tokens)) ** self.power
+
+    def weight(self, tokens):
+        return super().weight(tokens) * self.power
+
+    def __call__(self, tokens, signal):
+        return signal.scale_logits(self.scale(tokens).where(tokens.mask, 1.0))
+
+
+class SharpensPadding(Sharpens):
+    def __call__(self, tokens, signal):
+        return signal.scale_logits(torch.full_like(tokens.entropy, 2.0))
+
+
+class SharpensAlways(Sharpens):
+    def scale(self, tokens):
+        return torch.full_like(tokens.entropy, 2.0)
+
+
+class SharpensToNothing(Sharpens):
+    def scale(self, tokens):
+        return self.weight(tokens).clamp(max=0)
+
+
+class SharpensInSecret(Sharpens):
+    said = Good.said
+
+
+class SharpensByItsRank(Sharpens):
+    def scale(self, tokens):
+        return 1 + (tokens.entropy.detach() * tokens.mask).sum() * torch.ones_like(tokens.entropy) * self.power
+
+
+OTHER_KINDS = [
+    ("names_the_scopes_it_uses", SilentOnGroups),
+    ("two_ranks_are_one_process", OneRanksGroups),
+    ("is_the_identity_at_neutral", SharpensAlways),
+    ("leaves_padding_alone", SharpensPadding),
+    ("gives_finite_weights_of_at_least_0", SharpensToNothing),
+    ("changes_what_it_says", SharpensInSecret),
+    ("treats_completions_alone_if_it_promises", SharpensByItsRank),
+    ("two_ranks_are_one_process", SharpensByItsRank),
+]
+
 BROKEN = {
     "needs_and_promises_are_known": UnknownNeed,
     "is_the_identity_at_neutral": NoIdentity,
@@ -179,6 +253,25 @@ def test_a_law_holds_of_a_good_method_and_can_be_broken(law):
     with pytest.raises(AssertionError) as broken:
         law(BROKEN[law.__name__])
     assert str(broken.value).strip()
+
+
+@pytest.mark.parametrize("method", [BestOfItsPrompt, Sharpens])
+def test_the_laws_hold_of_methods_that_compare_completions_or_scale_logits(method):
+    for law in LAWS:
+        law(method)
+
+
+@pytest.mark.parametrize("law, method", OTHER_KINDS)
+def test_they_break_the_laws_as_others_do(law, method):
+    with pytest.raises(AssertionError):
+        next(each for each in LAWS if each.__name__ == law)(method)
+
+
+def test_who_replaces_advantages_need_not_have_an_identity():
+    class Replaces(Good):
+        neutral = None
+
+    next(law for law in LAWS if law.__name__ == "is_the_identity_at_neutral")(Replaces)
 
 
 def test_every_law_says_itself_in_one_sentence():
