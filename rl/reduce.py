@@ -57,6 +57,7 @@ def from_first(value: Any) -> Any:
 def join(rank: int, size: int, meeting: Path) -> None:
     """Make this process one of a group over gloo; the others name the same file, which is not there yet."""
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size)
+    dist.barrier()  # a rank that is done and gone at once would break off the others' connecting
 
 
 def leave() -> None:
