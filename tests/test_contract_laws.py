@@ -1,16 +1,22 @@
 """The laws every plug-in obeys, run over every file in configs/plugin/ in its default and its other modes."""
 
 import importlib
+import re
 from functools import partial
+from itertools import permutations
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from rl.errors import ConfigError
-from rl.testing import LAWS, two_ranks_are_one_process
+from rl.explain.methods import order
+from rl.pipeline import Pipeline
+from rl.testing import LAWS, check_pair, two_ranks_are_one_process
 from rl.testing.laws import is_the_identity_at_neutral
 from rl.testing.ranks import check_ranks, on_two_ranks
+from rl.testing.samples import of_tokens, random_batch, through
 
 PLUGINS = Path(__file__).parents[1] / "configs" / "plugin"
 
@@ -90,6 +96,67 @@ def test_every_shipped_method_explains_itself_with_its_numbers(name):
     said = cls(**{**defaults, setting: 0.37}).explain()
     shown = [*said.formula, *(f"{coef:g}" for coef, _ in said.penalties.values())]
     assert any(word in line for line in shown for word in ("0.37", "0.63"))  # 0.63: the quantile of the top 0.37
+
+
+# ---- two plug-ins --------------------------------------------------------------------------------------------------------
+
+NAMES = sorted(p.stem for p in PLUGINS.glob("*.yaml"))
+MAKERS = {name: partial(cls, **defaults) for name in NAMES for cls, defaults in [load(name)]}
+
+
+@pytest.mark.parametrize("first, second", list(permutations(NAMES, 2)))
+def test_pair(first, second):
+    check_pair(MAKERS[first], MAKERS[second])
+
+
+def in_turn(tokens, *names):
+    # of a small batch clip_cov drops one token at its default, mostly the same one whatever the advantages
+    more = {"clip_cov": {"fraction": 0.3, "low": 0.1}}
+    signal = through(Pipeline({name: MAKERS[name](**more.get(name, {})) for name in names}), tokens)
+    penalties = {penalty.name: penalty.coef * penalty.mean(tokens.mask) for penalty in signal.penalties}
+    return of_tokens(signal), signal.advantages, [penalties[name] for name in sorted(penalties)]
+
+
+def composed(first, second, batches):
+    """What the second sees of the first, found by running them: a word of the table in docs/composing.md."""
+    words = set()
+    for tokens in batches:
+        (a, ours, penalties), (b, _, others) = in_turn(tokens, first, second), in_turn(tokens, second, first)
+        differences = [(x - y).abs().max().item() for x, y in zip([a, *penalties], [b, *others], strict=True)]
+        if max(differences) < 1e-9:
+            words.add("same")
+        elif torch.equal(in_turn(tokens, first)[1], tokens.advantages):
+            words.add("before")
+        else:
+            words.add("replaces" if torch.equal(ours, in_turn(tokens, second)[1]) else "reads")
+    return words.pop() if len(words) == 1 else (words - {"same"}).pop()  # a small batch may have nothing to show
+
+
+def test_the_table_of_pairs_says_what_they_do():
+    text = (PLUGINS.parents[1] / "docs" / "composing.md").read_text()
+    rows = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    start = next(place for place, row in enumerate(rows) if row[0].startswith("first"))
+    columns = rows[start][1:]
+    table = {
+        (row[0], column): word
+        for row in rows[start + 1 : start + 1 + len(columns)]
+        for column, word in zip(columns, row[1:], strict=True)
+    }
+    free = set(re.findall(r"`(\w+)`", re.search(r"## Every pair\n\n(.*?) neither read", text, re.DOTALL)[1]))
+    assert free | set(columns) == set(NAMES) and not free & set(columns)
+    batches = [random_batch(rows=rows) for rows in (6, 60)]
+    for pair in permutations(NAMES, 2):
+        assert table.get(pair, "same") == composed(*pair, batches), pair
+
+
+def test_explain_sees_the_order_wherever_it_matters():
+    batches = [random_batch(rows=rows) for rows in (6, 60)]
+    for pair in permutations(NAMES, 2):
+        said = order({name: MAKERS[name]().explain() for name in pair})
+        word = composed(*pair, batches)
+        if set(pair) == {"era", "rank_shaping"}:  # they read each other, and what comes of it is the same by chance
+            word = "reads"
+        assert {"same": "does not matter", "before": " before "}.get(word, word) in said, (pair, word, said)
 
 
 # ---- two ranks -----------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
+from itertools import combinations
 from typing import Literal
 
 from trl import GRPOConfig
@@ -135,22 +136,31 @@ def _together(pipeline: Pipeline) -> Iterator[Row]:
     if "logit_scale" in changed:
         yield "p in lᵢₜ is", "of the scaled logits, and so is p_old"
     if len(told) > 1:
-        yield "order", _order(told)
+        yield "order", order(told)
         yield "statistics", "are over all tokens, also those that an earlier plug-in dropped"
 
 
-def _order(told: Mapping[str, Explanation | None]) -> str:
+def order(told: Mapping[str, Explanation | None]) -> str:
+    """Who sees what of whose advantages, for plug-ins in the order they run; None for one that cannot explain itself."""
     if unknown := [name for name, said in told.items() if said is None]:
         return f"not known to matter or not: {listed(unknown)} cannot say what it reads"
-    names = list(told)
     seen = [
-        f"{later} {'reads' if 'advantages' in told[later].reads else 'replaces'} the advantages that {name} shaped"
-        for place, name in enumerate(names)
-        for later in names[place + 1 :]
-        if "advantages" in told[name].changes and "advantages" in {*told[later].reads, *told[later].changes}
+        sentence
+        for (name, first), (later, second) in combinations(told.items(), 2)
+        if (sentence := _seen(name, first, later, second))
     ]
     return (
         "; ".join(seen)
         if seen
         else "does not matter: masks are and-ed, weights multiplied, and no one reads what another changes"
     )
+
+
+def _seen(name: str, first: Explanation, later: str, second: Explanation) -> str:
+    """What of the advantages one sees of the other; empty where their order does not matter."""
+    reads = "advantages" in second.reads
+    if "advantages" in first.changes and (reads or "advantages" in second.changes):
+        return f"{later} {'reads' if reads else 'replaces'} the advantages that {name} shaped"
+    if "advantages" in first.reads and "advantages" in second.changes:
+        return f"{name} reads the advantages before {later} {'shapes' if reads else 'replaces'} them"
+    return ""

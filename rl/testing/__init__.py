@@ -9,6 +9,7 @@ Nothing here needs pytest: a law is a function that raises AssertionError with a
 
 from rl.testing.batch import batch_from_logits, loss_from_signal, rollout_of
 from rl.testing.laws import OF_ONE_PROCESS
+from rl.testing.pairs import check_pair
 from rl.testing.ranks import two_ranks, two_ranks_are_one_process
 from rl.testing.samples import Make, random_batch
 
@@ -18,6 +19,7 @@ __all__ = [
     "LAWS",
     "Make",
     "batch_from_logits",
+    "check_pair",
     "loss_from_signal",
     "random_batch",
     "rollout_of",

@@ -225,6 +225,9 @@ def test_order_scopes_and_policies_are_told():
     assert text.index("Plug-in 1: rank_shaping") < text.index("Plug-in 2: steer") < text.index("Plug-in 3: fork_mask")
     assert line(text, "max |Ω|") == "over the tokens of its completion (response)"
     assert "does not matter" in line(told("plugin=[steer,fork_mask]"), "order")
+    early = line(told("plugin=[steer,rank_shaping,w_reinforce]"), "order")
+    assert "steer reads the advantages before rank_shaping shapes them" in early
+    assert "steer reads the advantages before w_reinforce replaces them" in early
     assert "off-policy p is another one in each of the 8 updates" in text
     on = told("plugin=[fork_mask]", "plugin.fork_mask.policy=rollout")
     assert "fixed at the rollout" in line(on, "reads")

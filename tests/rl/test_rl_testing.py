@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rl.contract import Explanation, Mean
-from rl.testing import LAWS, two_ranks
+from rl.testing import LAWS, check_pair, two_ranks
 
 
 class Good:
@@ -300,3 +300,79 @@ def test_the_series_of_two_ranks_add_up_to_those_of_one():
 
     with pytest.raises(AssertionError, match="calls"):
         two_ranks_are_one_process(SeriesOfOneRank)
+
+
+class Shapes(Good):
+    """Also changes advantages, and says so."""
+
+    said = {**Good.said, "reads": ["advantages", "entropy"], "changes": ["advantages"]}
+
+    def __call__(self, tokens, signal):
+        return signal.shape((signal.advantages * self.weight(tokens)).where(tokens.mask, signal.advantages))
+
+
+class Replaces(Good):
+    """The weights of whoever came before are lost."""
+
+    def __call__(self, tokens, signal):
+        return replace(signal, weight=self.weight(tokens).where(tokens.mask, 1.0))
+
+
+class KeepsAgain(Good):
+    def __call__(self, tokens, signal):
+        return replace(super().__call__(tokens, signal), keep=tokens.mask)
+
+
+class Drops(Good):
+    said = {**Good.said, "changes": ["keep"]}
+
+    def __call__(self, tokens, signal):
+        return signal.drop(tokens.mask & (self.weight(tokens) < 0.5) & (self.power > 0))
+
+
+class Penalises(Good):
+    needs = frozenset({"entropy.grad"})
+    said = {**Good.said, "changes": [], "statistics": {}, "penalties": {"bonus": (0.1, "all")}}
+
+    def __call__(self, tokens, signal):
+        return signal.penalise("bonus", -tokens.entropy, 0.1 * self.power, tokens.mask)
+
+
+class PenalisesInstead(Penalises):
+    def __call__(self, tokens, signal):
+        return super().__call__(tokens, replace(signal, penalties=()))
+
+
+class LooksAtTheMask(Good):
+    """What an earlier method dropped counts less."""
+
+    def __call__(self, tokens, signal):
+        weight = self.weight(tokens) * torch.where(signal.keep | (self.power == 0), 1.0, 0.5)
+        return signal.scale(weight.where(tokens.mask, 1.0))
+
+
+@pytest.mark.parametrize("first", [Good, Shapes, Drops, Penalises])
+@pytest.mark.parametrize("second", [Good, Shapes, Drops, Penalises])
+def test_good_methods_compose(first, second):
+    check_pair(first, second)
+
+
+@pytest.mark.parametrize(
+    "first, second, sentence",
+    [
+        (Good, Replaces, "weights are not multiplied"),
+        (Drops, KeepsAgain, "is kept"),
+        (Drops, LooksAtTheMask, "weights are not multiplied"),
+        (Penalises, PenalisesInstead, "the penalties of the two are"),
+    ],
+)
+def test_methods_that_keep_the_laws_alone_and_do_not_compose(first, second, sentence):
+    for law in LAWS:
+        law(second)
+    with pytest.raises(AssertionError, match=sentence):
+        check_pair(first, second)
+
+
+def test_a_partner_that_is_not_neutral_is_found():
+    with pytest.raises(AssertionError, match="changes its partner's loss"):
+        check_pair(NoIdentity, Drops)
