@@ -153,7 +153,7 @@ def draw(
                 break
             batch, frame = batches[number], store.part(number) if store else None
             if frame is None:
-                torch.manual_seed(_batch_seed(seed, number))
+                torch.manual_seed(seed_of(seed, number))
                 frame = _draw_batch(model, tokenizer, prompts, batch, decoding, ends)
                 fresh, tokens = fresh + len(frame), tokens + int(frame["tokens"].sum())
                 if store:
@@ -177,7 +177,8 @@ def draw(
     return pd.concat(frames[n] for n in sorted(frames)).sort_values(["problem", "sample"], ignore_index=True)
 
 
-def _batch_seed(seed: int, number: int) -> int:
+def seed_of(seed: int, number: int) -> int:
+    """A seed for torch, another one for every pair."""
     return int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0] >> 1)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -25,6 +25,12 @@ Answers = Callable[[list[str]], list[str | None]]
 
 _FILTERS = {"max_prompt_tokens", "pass_rate", "duplicates", "similarity", "decontaminate", "ngram"}
 _SAMPLE = 2000  # prompts of a stream that say what its instruction and its turns of phrase are
+
+
+def grades(grader: Grader, row: Mapping[str, Any], completions: Sequence[str]) -> list[float]:
+    """What a grader says of several completions of one problem, a row of a data set."""
+    columns = {name: [value] * len(completions) for name, value in row.items() if name != "prompt"}
+    return grader(prompts=[row["prompt"]] * len(completions), completions=list(completions), **columns)
 
 
 @dataclass(frozen=True)

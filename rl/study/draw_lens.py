@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import pandas as pd
@@ -10,11 +11,11 @@ from omegaconf import DictConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rl import build
-from rl.draw import Decoding, complete, end_ids, prompt_ids, undisturbed
+from rl.draw import Decoding, complete, end_ids, prompt_ids, seed_of, undisturbed
 from rl.errors import CheckpointError, ConfigError
 from rl.eval_run import config_for, limited, with_tokenizer
 from rl.paths import find_model
-from rl.problems import problem_sets
+from rl.problems import grades, problem_sets
 from rl.quiet import quiet
 from rl.recording import TokenTexts, look_row
 from rl.report.lens import Side
@@ -49,7 +50,7 @@ def lens_of_model(
     if not isinstance(cfg.eval.samples, int) or cfg.eval.samples < 1:
         raise ConfigError(f"eval.samples={cfg.eval.samples} does not work. Expected a number of at least 1.")
     tokenizer = build.tokenizer(with_tokenizer(path), cfg.model)
-    rows, grade = _rows(cfg, tokenizer, prompts)
+    rows, graders = _rows(cfg, tokenizer, prompts)
     if not all(prompt_ids(tokenizer, row["prompt"]) for row in rows):
         # transformers 5 makes up an empty tokenizer where a folder has none
         raise CheckpointError(
@@ -57,8 +58,8 @@ def lens_of_model(
         )
     model = build.language_model(path, cfg.model)
     frames = drawn(model, tokenizer, [row["prompt"] for row in rows], decoding, cfg.eval.samples, cfg.eval.seed)
-    for row, frame in zip(rows, frames, strict=True):
-        frame["reward"] = grade(row, frame["completion"].tolist())
+    for row, grader, frame in zip(rows, graders, frames, strict=True):
+        frame["reward"] = math.nan if grader is None else grades(grader, row, frame["completion"].tolist())
     joined = pd.concat(frames, ignore_index=True)
     if alike is not None:
         texts = dict(enumerate(alike.views["samples"][0].drop_duplicates("problem")["prompt"]))
@@ -68,21 +69,16 @@ def lens_of_model(
 
 
 def _rows(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]):
-    """The prompts to draw, and what grades the completions of one: nobody knows what is right for a prompt of the command line."""
+    """The prompts to draw, and the grader of each: None for a prompt of the command line, of which nobody knows what is right."""
     if prompts:
         chat = tokenizer.chat_template is not None
         rows = [{"prompt": [{"role": "user", "content": text}] if chat else text} for text in prompts]
-        return rows, lambda row, completions: [float("nan")] * len(completions)
-    rows, graders = [], {}
-    for name, problems in limited(problem_sets(cfg, tokenizer), cfg.eval.limit).items():
-        graders[name] = problems.grader
-        rows += [{**row, "_set": name} for row in problems.heldout]
-
-    def grade(row: dict, completions: list[str]) -> list[float]:
-        columns = {key: [value] * len(completions) for key, value in row.items() if key not in ("prompt", "_set")}
-        return graders[row["_set"]](prompts=[row["prompt"]] * len(completions), completions=completions, **columns)
-
-    return rows, grade
+        return rows, [None] * len(rows)
+    rows, of_row = [], []
+    for problems in limited(problem_sets(cfg, tokenizer), cfg.eval.limit).values():
+        rows += problems.heldout
+        of_row += [problems.grader] * len(problems.heldout)
+    return rows, of_row
 
 
 def drawn(
@@ -99,7 +95,7 @@ def drawn(
     with undisturbed(model):
         for number, prompt in enumerate(prompts):
             ids = prompt_ids(tokenizer, prompt)
-            torch.manual_seed(seed * 1000 + number)
+            torch.manual_seed(seed_of(seed, number))
             parts, left = [], samples
             while left > 0:
                 count = min(left, decoding.batch_size)

@@ -18,7 +18,7 @@ from rl.errors import ConfigError
 from rl.eval_run import config_for, with_tokenizer
 from rl.eval_view import Drawing
 from rl.paths import find_model
-from rl.problems import graders, problem_sets
+from rl.problems import graders, grades, problem_sets
 from rl.quiet import quiet
 from rl.report.forks_page import write_forks
 from rl.report.page import without_nan
@@ -108,8 +108,8 @@ def find_question(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, text: str
         raise ConfigError("forks.answer is the answer to a --prompt. Give one, or drop forks.answer.")
     if f.answer is not None:
         judge = graders("forks", f)
-        columns = {"answer": str(f.answer)}
-        return _graded("the prompt", _asked(tokenizer, text), judge["answers"], judge["grader"], columns)
+        row = {"prompt": _asked(tokenizer, text), "answer": str(f.answer)}
+        return _graded("the prompt", row, judge["answers"], judge["grader"])
     name, problems = next(iter(problem_sets(cfg, tokenizer).items()))
     rows = problems.heldout
     if text is not None:
@@ -122,17 +122,14 @@ def find_question(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, text: str
             raise ConfigError(
                 f"forks.problem={number} does not exist. {name} has {len(rows):,} held-out problems: 0 to {len(rows) - 1}."
             )
-    row = rows[number]
-    columns = {k: v for k, v in row.items() if k != "prompt"}
-    return _graded(f"problem {number} of {name}", row["prompt"], problems.answers, problems.grader, columns)
+    return _graded(f"problem {number} of {name}", rows[number], problems.answers, problems.grader)
 
 
-def _graded(name: str, prompt: str | list[dict], answers, grader, columns: dict[str, Any]) -> Question:
+def _graded(name: str, row: dict[str, Any], answers, grader) -> Question:
     def grade(texts: list[str]) -> list[bool]:
-        each = {key: [value] * len(texts) for key, value in columns.items()}
-        return [g >= 0.5 for g in grader(prompts=[prompt] * len(texts), completions=texts, **each)]
+        return [g >= 0.5 for g in grades(grader, row, texts)]
 
-    return Question(name, prompt, answers, grade)
+    return Question(name, row["prompt"], answers, grade)
 
 
 def _asked(tokenizer: PreTrainedTokenizerBase, text: str) -> str | list[dict]:
