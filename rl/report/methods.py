@@ -53,22 +53,21 @@ def group(runs: Sequence[Run]) -> list[Method]:
 
 
 def settings(config: Mapping[str, Any]) -> dict[str, str]:
-    """A configuration as dotted keys and short words, without bookkeeping; ``plugin`` and ``reward`` are the names in their order.
-
-    Shadows change nothing that is trained and are left out.
-    """
-    if isinstance(config.get("plugin"), Mapping):
-        config = {
-            **config,
-            "plugin": {name: _without_shadow(config["plugin"][name]) for name in acting_plugins(config)},
-        }
+    """What is trained, as dotted keys and short words; ``plugin`` and ``reward`` are the names in their order."""
+    config = trained(config)
     out = {part: "+".join(config.get(part) or {}) or "none" for part in _PARTS}
-
-    kept = {name: value for name, value in config.items() if name not in BOOKKEEPING}
-    for key, value in leaves(kept).items():
+    for key, value in leaves(config).items():
         if key not in _PARTS:
             out[key] = _word(value)
     return out
+
+
+def trained(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without what changes nothing that is trained: bookkeeping, and plug-ins that only watch."""
+    kept = {name: value for name, value in config.items() if name not in BOOKKEEPING}
+    if isinstance(config.get("plugin"), Mapping):
+        kept["plugin"] = {name: _without_shadow(config["plugin"][name]) for name in acting_plugins(config)}
+    return kept
 
 
 def _without_shadow(node: Any) -> Any:

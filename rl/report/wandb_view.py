@@ -8,8 +8,9 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rl.config import BOOKKEEPING, leaves
+from rl.config import leaves
 from rl.errors import ReportError
+from rl.report.methods import trained
 from rl.report.reading import Run
 from rl.report.wandb_runs import address, asking
 from rl.wandb_run import plugins, set_names
@@ -217,7 +218,7 @@ def _runset(
 
 def group_keys(groups: Mapping[str, Sequence[Run]]) -> list[str]:
     """What W&B groups by: the sweep where there are several, the plug-ins, then settings that tell the methods apart, three at most."""
-    flat = {label: [leaves(run.config) for run in of] for label, of in groups.items()}
+    flat = {label: [leaves(trained(run.config)) for run in of] for label, of in groups.items()}
 
     def tells_apart(key: str) -> bool:
         of_method = [{json.dumps(config[key]) for config in of if key in config} for of in flat.values()]
@@ -225,9 +226,7 @@ def group_keys(groups: Mapping[str, Sequence[Run]]) -> list[str]:
 
     configs = [run.config for of in groups.values() for run in of]
     sweeps = {config.get("run", {}).get("group") for config in configs}
-    keys = dict.fromkeys(
-        key for of in flat.values() for config in of for key in config if key.split(".")[0] not in BOOKKEEPING
-    )
+    keys = dict.fromkeys(key for of in flat.values() for config in of for key in config)
     settings = [key for key in keys if tells_apart(key)]
     methods = [PLUGINS] if len({plugins(config) for config in configs}) > 1 or not settings else []
     return [*(["group"] if len(sweeps) > 1 else []), *methods, *settings][:_KEYS]

@@ -129,6 +129,14 @@ def test_what_tells_methods_apart_is_what_they_are_grouped_by(tmp_path):
     assert group_keys({"few": few, "other": other}) == ["group", "entrl.plugins"]
 
 
+def test_a_shadow_tells_no_methods_apart(tmp_path):
+    plain, steering = {"fork_mask": {"rho": 0.1}}, {"steer": {"w_min": 0.7}}
+    watched = {**plain, "steer": {"w_min": 0.5, "shadow": True}}
+    masked = [run(tmp_path, "a1", watched, 1, group="g"), run(tmp_path, "a2", plain, 2, group="g")]
+    steered = [run(tmp_path, f"b{seed}", steering, seed, group="g") for seed in (1, 2)]
+    assert group_keys({"masked": masked, "steered": steered}) == ["entrl.plugins"]
+
+
 def test_the_same_runs_have_one_view_which_stays_as_it_was_edited(server, methods, tmp_path, capsys):
     url = publish(flat(methods), methods)
     [(name, saved)] = server.views.items()
