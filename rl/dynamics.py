@@ -152,7 +152,10 @@ def _top_mean(counts: Tensor, sums: Tensor, share: float) -> float:
 
 def _shown(counts: Tensor) -> Histogram:
     """Coarsened to 64 log-spaced bins plus the one from 0."""
-    width = _BINS // _SHOWN
-    edges = _edges()[::width].tolist()
-    coarse = counts[1:].view(_SHOWN, width).sum(-1)
-    return Histogram([int(counts[0]), *coarse.long().tolist()], [0.0, *edges])
+    coarse = counts[1:].view(_SHOWN, _BINS // _SHOWN).sum(-1)
+    return Histogram([int(counts[0]), *coarse.long().tolist()], histogram_edges())
+
+
+def histogram_edges() -> list[float]:
+    """The edges of every histogram of entropies, nats."""
+    return [0.0, *_edges()[:: _BINS // _SHOWN].tolist()]

@@ -17,9 +17,8 @@ import numpy as np
 from rl.estimators import Z95
 
 MIN_STEPS = 30
-MOST_NOISE = (
-    0.1  # of the variance of e^H may come from one step to the next; noise there would flatten the slope as much
-)
+# of the variance of e^H may come from one step to the next; noise there would flatten the slope as much
+MOST_NOISE = 0.1
 
 
 @dataclass(frozen=True)
@@ -46,10 +45,8 @@ class Line:
     def __init__(self):
         self._origin: tuple[float, float] | None = None  # sums are about the first point, which keeps their digits
         self._last = np.zeros(3)
-        self._square, self._lagged = (
-            np.zeros((3, 3)),
-            np.zeros((3, 3)),
-        )  # sums of v v' and of v v_before', v = (1, x, y)
+        # sums of v v' and of v v_before', v = (1, x, y)
+        self._square, self._lagged = np.zeros((3, 3)), np.zeros((3, 3))
         self._jumps = 0.0  # sum of squared changes of x
         self._state: tuple | None = None
 

@@ -1,6 +1,7 @@
 """The same few held-out problems looked at again and again, so that one can watch a completion change as the policy does.
 
-``probes/step_000000.parquet`` before training, then every so many steps and after the last one. A row is a completion of a problem:
+``probes/step_000000.parquet`` before training, then every so many steps and after the last planned one (a run that
+a signal or an alarm ends gets none there). A row is a completion of a problem:
 step, problem (its number among the held-out ones), kind, prompt, completion, reward (NaN where the grader has none), and per token
 token_ids, tokens, entropy (nats), logp, rank (1: the likeliest), top_ids, top_tokens, top_probs, all under the policy of that step
 at the temperature of the rollouts. kind is
@@ -124,9 +125,8 @@ class Probes(TrainerCallback):
         columns = {name: [row[name] for row in twice] for name in twice[0] if name != "prompt"}
         try:
             grades = self.grader(prompts=[row["prompt"] for row in twice], completions=list(completions), **columns)
-        except (
-            user_errors()
-        ) as error:  # problems without labels have nothing to grade by; a training need not end of it
+        except user_errors() as error:
+            # problems without labels have nothing to grade by, and a training need not end of it
             if not self._warned:
                 warnings.warn(f"probes are recorded without rewards: {error}", stacklevel=2)
             self._warned, grades = True, [None] * len(twice)

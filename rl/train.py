@@ -320,22 +320,26 @@ def _evaluate_and_train(
         trainer.save_here()  # so that only the evaluation goes on
         raise
     seconds["total"] = time.perf_counter() - started
-    metrics = {
+    evaluations = {
         name: {when: e[name].metrics for when, e in (("before", before), ("after", after)) if e} for name in sets
     }
-    summary = {
-        "eval": metrics[main],
-        **({"sets": metrics} if len(sets) > 1 else {}),
+    summary = _summary(cfg, trainer, evaluations, seconds, action.alarms and action.alarms.stopped_by)
+    if rank() == 0:
+        show_evaluations(evaluations, {name: len(problems.heldout) for name, problems in sets.items()})
+        rundir.write_json(folder / "summary.json", summary)
+    return summary
+
+
+def _summary(cfg, trainer: EntropyTrainer, evaluations, seconds, stopped_by: str | None) -> dict[str, Any]:
+    """What ``summary.json`` holds. Args: evaluations: by set, the main one first, then "before" or "after"."""
+    return {
+        "eval": next(iter(evaluations.values())),
+        **({"sets": evaluations} if len(evaluations) > 1 else {}),
         "seconds": seconds,
         "tokens_per_second": trainer.meter.tokens_per_second(),
         "plugins": acting_plugins(cfg),
         "shadows": shadow_plugins(cfg),
         "seed": cfg.seed,
-        "steps": step,
+        "steps": trainer.state.global_step,
+        **({"stopped_by": stopped_by} if stopped_by is not None else {}),
     }
-    if action.alarms is not None and action.alarms.stopped_by is not None:
-        summary["stopped_by"] = action.alarms.stopped_by
-    if rank() == 0:
-        show_evaluations(metrics, {name: len(problems.heldout) for name, problems in sets.items()})
-        rundir.write_json(folder / "summary.json", summary)
-    return summary

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rl import build, rundir
 from rl.draw import prompt_ids
+from rl.dynamics import histogram_edges
 from rl.errors import ConfigError
 from rl.estimators import bootstrap_interval, pass_at_k
 from rl.eval_run import config_for, eval_folder, evaluate_sets, limited, sample_names, with_tokenizer
@@ -28,7 +29,6 @@ from rl.study.geometry import spectrum
 from rl.study.place import page_of
 
 _TOP_SHARES = np.arange(0, 101) / 100
-_EDGES = np.concatenate([[0.0], np.geomspace(1e-4, 20.0, 65)])  # nats; as rl.dynamics
 RANKS = (("1", 1, 1), ("2", 2, 2), ("3", 3, 3), ("4 to 5", 4, 5), ("6 to 10", 6, 10), ("11 to 100", 11, 100), ("above 100", 101, None))  # fmt: skip
 
 
@@ -103,7 +103,7 @@ def passport(
     ids = np.concatenate([np.asarray(i) for i in samples["token_ids"]])
     rank = np.concatenate(list(ranks))
     grades = [g["correct"].to_numpy(dtype=bool) for _, g in samples.groupby("problem", sort=True)]
-    found = spectrum(states)
+    found, edges = spectrum(states), histogram_edges()
     return {
         "problems": len(grades),
         "samples": len(grades[0]),
@@ -111,7 +111,7 @@ def passport(
         "entropy": {
             "mean": float(entropy.mean()),
             **{f"p{q}": float(np.quantile(entropy, q / 100)) for q in (5, 50, 80, 95)},
-            "histogram": {"edges": _EDGES.tolist(), "counts": np.histogram(entropy, _EDGES)[0].tolist()},
+            "histogram": {"edges": edges, "counts": np.histogram(entropy, edges)[0].tolist()},
             "share_of_top": held_by_top(entropy).tolist(),
         },
         "ranks": {name: float(((rank >= low) & (rank <= (high or rank.max()))).mean()) for name, low, high in RANKS},
