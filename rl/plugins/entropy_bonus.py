@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from rl.contract import Denominator, Explanation, Scope, Signal, TokenBatch
 from rl.errors import ConfigError
+from rl.plugins.steps import StepEntropy
 
 
 class EntropyBonus:
@@ -57,12 +57,11 @@ class EntropyBonus:
         self.first, self.coef, self.target, self.delta = coef, coef, target, delta
         self.coef_min, self.coef_max = coef_min, coef_max
         self._entropy: float | None = None  # of the last update
-        self._step: int | None = None  # the update under way, and its tokens so far
-        self._total = self._count = 0.0
+        self._seen = StepEntropy()
 
     def __call__(self, tokens: TokenBatch, signal: Signal) -> Signal:
-        if self.target is not None:
-            self._observe(tokens)
+        if self.target is not None and (over := self._seen.observe(tokens)) is not None:
+            self._steer(over.mean)
         if self.applied:
             signal = signal.penalise("bonus", -tokens.entropy, self.applied, tokens.mask)
         h = tokens.entropy.detach()
@@ -74,36 +73,21 @@ class EntropyBonus:
         below = self.target is None or (self._entropy is not None and self._entropy <= self.target)
         return self.coef if below else 0.0
 
-    def _observe(self, tokens: TokenBatch) -> None:
-        """Count the tokens of this forward; at the first one of an update, steer by those of the update before."""
-        if tokens.step != self._step:
-            if self._count:
-                self._steer(self._total / self._count)
-            self._step, self._total, self._count = tokens.step, 0.0, 0.0
-        sums: list[Tensor] = [tokens.reduce.sum(tokens.entropy, "world"), tokens.reduce.count("world")]
-        self._total, self._count = self._total + sums[0].item(), self._count + sums[1].item()
-
     def _steer(self, entropy: float) -> None:
         below, self._entropy = entropy <= self.target, entropy
         self.coef = min(self.coef + self.delta, self.coef_max) if below else max(self.coef - self.delta, self.coef_min)
 
     def state_dict(self) -> dict[str, Any]:
-        """The coefficient, the last update's entropy, and the tokens of the one under way; empty with a fixed coefficient."""
+        """The coefficient, the last update's entropy, and what is known of the one under way; empty with a fixed coefficient."""
         if self.target is None:
             return {}
-        return {
-            "coef": self.coef,
-            "entropy": self._entropy,
-            "step": self._step,
-            "total": self._total,
-            "count": self._count,
-        }
+        return {"coef": self.coef, "entropy": self._entropy, "seen": self._seen.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there; where one of the two runs has a fixed coefficient, from ``coef``."""
         if self.target is not None and state:
-            self.coef, self._entropy, self._step = state["coef"], state["entropy"], state["step"]
-            self._total, self._count = state["total"], state["count"]
+            self.coef, self._entropy = state["coef"], state["entropy"]
+            self._seen.load_state_dict(state["seen"])
 
     def explain(self) -> Explanation:
         """The bonus at these settings."""

@@ -11,6 +11,7 @@ import torch
 
 from rl.contract import Explanation, Signal, TokenBatch
 from rl.errors import ConfigError
+from rl.plugins.steps import StepEntropy
 
 _POINTS = "Expected nats, as 0.3, or points of step and nats with rising steps, as [[0,0.6],[500,0.3]]."
 
@@ -59,14 +60,13 @@ class TargetEntropy:
         self.delta, self.coef_min, self.coef_max = delta, coef_min, coef_max
         self.coef = coef
         self.last: float | None = None  # mean entropy of the step before
-        self._step = 0  # that the sums are of
-        self._sum = self._count = torch.zeros(())
+        self._seen = StepEntropy()
 
     def __call__(self, tokens: TokenBatch, signal: Signal) -> Signal:
-        if tokens.step != self._step:
-            self._after_step(tokens.step)
-        self._sum = self._sum.to(tokens.mask.device) + tokens.reduce.sum(tokens.entropy, "world").double()
-        self._count = self._count.to(tokens.mask.device) + tokens.reduce.count("world").double()
+        if (over := self._seen.observe(tokens)) is not None:
+            self.last = over.mean
+            change = self.delta if over.mean <= self.target(over.step) else -self.delta
+            self.coef = min(max(self.coef + change, self.coef_min), self.coef_max)
         target = self.target(tokens.step)
         towards = self.last is None or (self.coef > 0) == (self.last <= target)
         coef = self.coef if towards else 0.0
@@ -81,20 +81,12 @@ class TargetEntropy:
                 return low + (high - low) * (step - start) / (end - start)
         return self.points[0][1] if step < self.points[0][0] else self.points[-1][1]
 
-    def _after_step(self, step: int) -> None:
-        """Close the sums of the step that is over; a step without tokens changes nothing."""
-        if float(self._count):
-            self.last = float(self._sum / self._count)
-            change = self.delta if self.last <= self.target(self._step) else -self.delta
-            self.coef = min(max(self.coef + change, self.coef_min), self.coef_max)
-        self._step, self._sum, self._count = step, torch.zeros_like(self._sum), torch.zeros_like(self._count)
-
     def state_dict(self) -> dict[str, Any]:
-        return {"coef": self.coef, "last": self.last, "step": self._step, "sum": self._sum, "count": self._count}
+        return {"coef": self.coef, "last": self.last, "seen": self._seen.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.coef, self.last, self._step = state["coef"], state["last"], state["step"]
-        self._sum, self._count = state["sum"], state["count"]
+        self.coef, self.last = state["coef"], state["last"]
+        self._seen.load_state_dict(state["seen"])
 
     def explain(self) -> Explanation:
         """The controller at these settings, before it has seen anything."""
