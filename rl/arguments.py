@@ -10,7 +10,7 @@ from rl.errors import ConfigError
 _VALUES = {
     "--cfg": "job",
     "--config-dir": "FOLDER",
-    "--out": "FILE",
+    "--out": "PATH",
     "--rollouts": "32",
     "--prompt": "TEXT",
     "--data": "gsm8k",
